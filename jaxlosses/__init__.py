@@ -1,0 +1,48 @@
+"""Weighted losses for JAX: ``tf.contrib.losses`` as pure, jitted, vmap-friendly functions.
+
+The conventions below hold for every loss.
+
+**Shapes.** Losses have shape ``[batch, d1, ..., dN]``. The inputs' shapes match exactly; nothing is
+broadcast.
+
+**Weights** are a scalar, or their axes match the leading axes of the losses, each equal or 1; a
+last axis of one beyond the losses' rank is dropped. Booleans and integers are weights, and negative
+weights count.
+
+**A zero weight means absent.** An absent loss, and what it was computed from, may be NaN, infinite
+or an impossible label, and touches neither value nor derivative. At a place that counts such values
+propagate. Weights are differentiable: the derivative is the loss at that place, at a weight of zero
+too unless the loss is not finite. The count is not differentiable.
+
+**Reductions** of losses ``l`` with weights ``w``:
+
+===========  =====================================================================
+``mean``     ``sum(w * l) / count(w != 0)``, 0 where nothing counts; TensorFlow's
+``average``  ``sum(w * l) / sum(w)``, 0 where ``sum(w)`` is 0; ``numpy.average``'s
+``sum``      ``sum(w * l)``
+``none``     ``w * l``, unreduced; ``axis_name`` has nothing to sum
+``parts``    ``WeightedMean(sum(w * l), count(w != 0))``, to be merged
+===========  =====================================================================
+
+With ``axis_name``, sum and count run over that mapped axis (or axes) as well.
+
+**Dtypes.** Arithmetic and results are float32, or float64 where an input is. Integers and booleans
+are read as float32. Gradients have the dtype of what they belong to.
+
+**Options** (all that is keyword-only) are Python values, fixed when a program is compiled.
+
+**Errors.** Arguments that cannot be meant raise a ``ValueError`` that names them.
+"""
+
+from jaxlosses._classification import hinge_loss as hinge_loss
+from jaxlosses._classification import log_loss as log_loss
+from jaxlosses._classification import sigmoid_cross_entropy as sigmoid_cross_entropy
+from jaxlosses._classification import softmax_cross_entropy as softmax_cross_entropy
+from jaxlosses._classification import sparse_softmax_cross_entropy as sparse_softmax_cross_entropy
+from jaxlosses._mean import WeightedMean as WeightedMean
+from jaxlosses._regression import absolute_difference as absolute_difference
+from jaxlosses._regression import compute_weighted_loss as compute_weighted_loss
+from jaxlosses._regression import cosine_distance as cosine_distance
+from jaxlosses._regression import mean_pairwise_squared_error as mean_pairwise_squared_error
+from jaxlosses._regression import mean_squared_error as mean_squared_error
+from jaxlosses._weighted import weighted as weighted

@@ -1,0 +1,361 @@
+"""Losses of probabilities and logits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+from jaxlosses._kernel import align, as_array, as_floats, reduce_losses
+from jaxlosses._mean import WeightedMean
+from jaxlosses._typing import (
+    AxisName,
+    ClassIds,
+    ClassLogits,
+    ClassProbabilities,
+    Logits,
+    Probabilities,
+    Reduction,
+    Weights,
+    jit,
+)
+
+
+@jit
+def log_loss(
+    predictions: Probabilities,
+    labels: Probabilities,
+    weights: Weights = 1.0,
+    *,
+    epsilon: float = 1e-7,
+    reduction: Reduction = "mean",
+    axis_name: AxisName = None,
+) -> Array | WeightedMean:
+    r"""Binary cross-entropy of probabilities, in nats.
+
+    $$l = -y \log(p + \epsilon) - (1 - y) \log(1 - p + \epsilon)$$
+
+    Nothing is clipped: a prediction beyond $[-\epsilon, 1 + \epsilon]$ gives NaN, as in TensorFlow.
+
+    Args:
+        predictions: Probabilities ``[batch, d1, ..., dN]``.
+        labels: Probabilities (0 and 1, or between) of the same shape.
+        weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
+        epsilon: Keeps the logarithms finite; not negative.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        axis_name: Mapped axes to reduce over as well.
+
+    Returns:
+        The reduced loss, float32 at least.
+
+    Raises:
+        ValueError: if the shapes differ, the weights do not align, or ``epsilon`` is negative.
+
+    References:
+        ``tf.contrib.losses.log_loss``, TensorFlow 1.15.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> print(jl.log_loss(jnp.array([0.5, 0.5]), jnp.array([0.0, 1.0])).round(4))
+        0.6931
+    """
+    inputs = as_floats(predictions=predictions, labels=labels)
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon must not be negative, got {epsilon}")
+
+    def formula(p: Array, y: Array) -> Array:
+        return -y * jnp.log(p + epsilon) - (1 - y) * jnp.log(1 - p + epsilon)
+
+    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+
+
+@jit
+def hinge_loss(
+    logits: Logits,
+    labels: Probabilities,
+    weights: Weights = 1.0,
+    *,
+    reduction: Reduction = "mean",
+    axis_name: AxisName = None,
+) -> Array | WeightedMean:
+    r"""Hinge loss of a binary decision; its slope at the kink is 0.
+
+    $$l = \max(0,\ 1 - (2y - 1)\, x)$$
+
+    Args:
+        logits: Real numbers ``[batch, d1, ..., dN]``, positive for class 1.
+        labels: 0 or 1, of the same shape.
+        weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        axis_name: Mapped axes to reduce over as well.
+
+    Returns:
+        The reduced loss, float32 at least.
+
+    Raises:
+        ValueError: if the shapes differ, or the weights do not align.
+
+    References:
+        ``tf.contrib.losses.hinge_loss``, TensorFlow 1.15 (which does not reduce it).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> print(jl.hinge_loss(jnp.array([0.5, -2.0]), jnp.array([1, 0])))
+        0.25
+    """
+    inputs = as_floats(logits=logits, labels=labels)
+
+    def formula(x: Array, y: Array) -> Array:
+        return jax.nn.relu(1 - (2 * y - 1) * x)
+
+    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+
+
+@jit
+def sigmoid_cross_entropy(
+    logits: Logits,
+    labels: Probabilities,
+    weights: Weights = 1.0,
+    *,
+    label_smoothing: float = 0.0,
+    reduction: Reduction = "mean",
+    axis_name: AxisName = None,
+) -> Array | WeightedMean:
+    r"""Binary cross-entropy of logits, in nats; each class is decided on its own.
+
+    $$l = -y \log \sigma(x) - (1 - y) \log(1 - \sigma(x)), \quad y \leftarrow y (1 - s) + s / 2$$
+
+    Args:
+        logits: Real numbers ``[batch, d1, ..., dN]``.
+        labels: Probabilities (0 and 1, or between) of the same shape.
+        weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
+        label_smoothing: The $s$ above, from 0 to 1.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        axis_name: Mapped axes to reduce over as well.
+
+    Returns:
+        The reduced loss, float32 at least.
+
+    Raises:
+        ValueError: if the shapes differ, the weights do not align, or ``label_smoothing`` is
+            outside of [0, 1].
+
+    References:
+        ``tf.contrib.losses.sigmoid_cross_entropy``, TensorFlow 1.15.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> print(jl.sigmoid_cross_entropy(jnp.array([0.0, 90.0]), jnp.array([1, 1])).round(4))
+        0.3466
+    """
+    inputs = as_floats(logits=logits, labels=labels)
+    _check_smoothing(label_smoothing)
+
+    def formula(x: Array, y: Array) -> Array:
+        y = y * (1 - label_smoothing) + label_smoothing / 2
+        # softplus(x) = softplus(-x) + x: the tail on the label's own side keeps its digits.
+        positive = y > 0.5
+        return jax.nn.softplus(jnp.where(positive, -x, x)) + x * jnp.where(positive, 1 - y, -y)
+
+    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+
+
+@jit
+def softmax_cross_entropy(
+    logits: ClassLogits,
+    labels: ClassProbabilities,
+    weights: Weights = 1.0,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    axis_name: AxisName = None,
+) -> Array | WeightedMean:
+    r"""Cross-entropy of class logits against class probabilities, in nats.
+
+    $$l = -\sum_c y_c \log \text{softmax}(x)_c + z \left(\log \sum_c e^{x_c}\right)^2,
+    \quad y_c \leftarrow y_c (1 - s) + s / C$$
+
+    A logit of minus infinity where the label is 0 is a class ruled out, and costs nothing.
+
+    Args:
+        logits: Real numbers ``[batch, d1, ..., dN, classes]``.
+        labels: Probabilities of the same shape, whose sum over the classes is 1.
+        weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
+        label_smoothing: The $s$ above, from 0 to 1.
+        z_loss: The $z$ above, not negative; keeps the logits from drifting.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        axis_name: Mapped axes to reduce over as well.
+
+    Returns:
+        The reduced loss, float32 at least.
+
+    Raises:
+        ValueError: if the shapes differ, there is no class, the weights do not align,
+            ``label_smoothing`` is outside of [0, 1], or ``z_loss`` is negative.
+
+    References:
+        ``tf.contrib.losses.softmax_cross_entropy``, TensorFlow 1.15. The z-loss is from Chowdhery
+        et al., "PaLM: scaling language modeling with pathways", 2022.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> print(jl.softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([[0.0, 1.0]])).round(4))
+        0.6931
+    """
+    inputs = as_floats(logits=logits, labels=labels)
+    _check_classes(inputs[0])
+    _check_smoothing(label_smoothing)
+    _check_z_loss(z_loss)
+
+    def formula(x: Array, y: Array) -> Array:
+        y = y * (1 - label_smoothing) + label_smoothing / x.shape[-1]
+        top, shifted, log_sum = _log_normalizer(x)
+        # Not 0 * -inf, yet the slope with respect to a label of 0 stays what it is elsewhere.
+        off_label = jnp.where((y == 0) & jnp.isneginf(shifted), 0, shifted)
+        losses = jnp.sum(y, axis=-1) * log_sum - jnp.sum(y * off_label, axis=-1)
+        return losses + z_loss * jnp.square(top + log_sum) if z_loss else losses
+
+    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+
+
+@jit
+def sparse_softmax_cross_entropy(
+    logits: ClassLogits,
+    labels: ClassIds,
+    weights: Weights = 1.0,
+    *,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int | None = None,
+    reduction: Reduction = "mean",
+    axis_name: AxisName = None,
+) -> Array | WeightedMean:
+    r"""Cross-entropy of class logits against one class each, in nats.
+
+    $$l = \log \sum_c e^{x_c} - (1 - s)\, x_y - \frac{s}{C} \sum_c x_c
+    + z \left(\log \sum_c e^{x_c}\right)^2$$
+
+    A label outside of ``[0, classes)`` gives NaN in value and gradient where its weight is not
+    zero, and fails a ``checkify.debug_check`` that names it.
+
+    Args:
+        logits: Real numbers ``[batch, d1, ..., dN, classes]``.
+        labels: Integers ``[batch, d1, ..., dN]``, or with a last axis of one more.
+        weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
+        label_smoothing: The $s$ above, from 0 to 1.
+        z_loss: The $z$ above, not negative; keeps the logits from drifting.
+        ignore_index: Labels of this value have weight zero.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        axis_name: Mapped axes to reduce over as well.
+
+    Returns:
+        The reduced loss, float32 at least.
+
+    Raises:
+        ValueError: if the labels are not integers of the logits' shape without the classes, there
+            is no class, the weights do not align, ``label_smoothing`` is outside of [0, 1],
+            ``z_loss`` is negative, or ``ignore_index`` is no value of the labels' dtype.
+
+    References:
+        ``tf.contrib.losses.sparse_softmax_cross_entropy``, TensorFlow 1.15.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> logits, labels = jnp.zeros((3, 2)), jnp.array([1, 0, -100])
+        >>> print(jl.sparse_softmax_cross_entropy(logits, labels, ignore_index=-100).round(4))
+        0.6931
+    """
+    (logits,) = as_floats(logits=logits)
+    _check_classes(logits)
+    _check_smoothing(label_smoothing)
+    _check_z_loss(z_loss)
+    labels = _class_ids(labels, logits.shape, ignore_index)
+    weights = align(weights, labels.shape)
+    if ignore_index is not None:
+        weights = jnp.where(labels == ignore_index, jnp.zeros_like(weights), weights)
+    _debug_check(labels, logits.shape[-1], weights)
+
+    def formula(x: Array, y: Array) -> Array:
+        top, shifted, log_sum = _log_normalizer(x)
+        at_label = jnp.sum(jnp.where(_is_label(y, x.shape), shifted, 0), axis=-1)
+        losses = log_sum - at_label
+        if label_smoothing:
+            everywhere = log_sum - jnp.mean(shifted, axis=-1)
+            losses = (1 - label_smoothing) * losses + label_smoothing * everywhere
+        if z_loss:
+            losses = losses + z_loss * jnp.square(top + log_sum)
+        # A factor of NaN, unlike a selected NaN, reaches the gradient.
+        return losses * jnp.where(_is_class(y, x.shape[-1]), 1, jnp.nan).astype(losses.dtype)
+
+    inputs = [logits, labels]
+    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+
+
+def _log_normalizer(x: Array) -> tuple[Array, Array, Array]:
+    """The largest logit, the logits below it, and the logarithm of the sum of their exponentials.
+
+    Kept apart because a loss is a difference of logits: adding the largest one first would round
+    the loss to that logit's last digit.
+    """
+    top = jax.lax.stop_gradient(jnp.max(x, axis=-1))
+    shifted = x - top[..., None]
+    return top, shifted, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+
+
+def _is_class(labels: Array, classes: int) -> Array:
+    return (labels >= 0) & (labels < classes)
+
+
+def _is_label(labels: Array, shape: tuple[int, ...]) -> Array:
+    """Where along the classes the label is; no index, so nothing can wrap, clamp or gather."""
+    return jax.lax.broadcasted_iota(labels.dtype, shape, len(shape) - 1) == labels[..., None]
+
+
+def _class_ids(labels: ArrayLike, logits_shape: tuple[int, ...], ignore_index: int | None) -> Array:
+    labels = as_array("labels", labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, got dtype {labels.dtype}")
+    if labels.shape not in (logits_shape[:-1], (*logits_shape[:-1], 1)):
+        raise ValueError(
+            f"labels must have the shape of the logits without the classes, {logits_shape[:-1]}, "
+            f"got labels of shape {labels.shape} for logits of shape {logits_shape}"
+        )
+    limits = jnp.iinfo(labels.dtype)
+    if ignore_index is not None and not limits.min <= ignore_index <= limits.max:
+        raise ValueError(f"ignore_index must be a value of {labels.dtype}, got {ignore_index}")
+    # Narrow integers could not be compared with the number of classes.
+    wide = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
+    return wide.reshape(logits_shape[:-1])
+
+
+def _debug_check(labels: Array, classes: int, weights: Array) -> None:
+    wrong = (weights != 0) & ~_is_class(labels, classes)
+    checkify.debug_check(
+        ~jnp.any(wrong),
+        "labels must be in [0, {classes}) where they count, got {label}",
+        classes=jnp.asarray(classes),
+        label=jnp.max(labels, initial=jnp.iinfo(labels.dtype).min, where=wrong),
+    )
+
+
+def _check_classes(logits: Array) -> None:
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must have a last axis of classes, got shape {logits.shape}")
+
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
+
+
+def _check_z_loss(z_loss: float) -> None:
+    if not z_loss >= 0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")

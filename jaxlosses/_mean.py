@@ -1,0 +1,77 @@
+"""A mean that is not divided yet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightedMean:
+    r"""A mean kept as its two numbers, so that means add up exactly.
+
+    $$\text{value} = \text{total} / \text{count},\quad 0 \text{ where } \text{count} = 0$$
+
+    Means of microbatches, of a ragged last batch, of devices and of hosts are not the mean of
+    their means; the mean of the whole is the sum of totals over the sum of counts. Every loss
+    returns this with ``reduction="parts"``. It is a pytree, so it passes through ``jit``,
+    ``scan``, ``vmap`` and ``grad``.
+
+    Attributes:
+        total: Sum of the weighted losses; any floating-point array, usually a scalar.
+        count: How many losses counted (those whose weight is not zero), of ``total``'s shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> first = jl.compute_weighted_loss(jnp.array([1.0, 2.0, 3.0]), reduction="parts")
+        >>> last = jl.compute_weighted_loss(jnp.array([6.0]), reduction="parts")
+        >>> print((first + last).value, (first.value + last.value) / 2)
+        3.0 4.0
+    """
+
+    total: ArrayLike
+    count: ArrayLike
+
+    @property
+    def value(self) -> Array:
+        """The mean, at least float32: ``total / count``, and 0 where the count is 0."""
+        return divide(self.total, self.count)
+
+    def merge(self, other: WeightedMean) -> WeightedMean:
+        """The mean over what both have counted; ``mean + other`` is the same.
+
+        Raises:
+            ValueError: if ``other`` is not a ``WeightedMean``.
+        """
+        if not isinstance(other, WeightedMean):
+            raise ValueError(f"other must be a WeightedMean to be merged, got {type(other).__name__}")
+        return WeightedMean(jnp.add(self.total, other.total), jnp.add(self.count, other.count))
+
+    __add__ = merge
+
+    def __radd__(self, other: object) -> WeightedMean:
+        # The start of the built-in sum().
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def psum(self, axis_name: Hashable) -> WeightedMean:
+        """The mean over all members of a mapped axis (``shard_map``, ``vmap``), in one collective.
+
+        Args:
+            axis_name: The axis, or a tuple of axes, as for ``jax.lax.psum``.
+        """
+        return WeightedMean(*jax.lax.psum((self.total, self.count), axis_name))
+
+
+def divide(total: ArrayLike, count: ArrayLike) -> Array:
+    """``total / count`` in the total's precision, 0 (and no derivative) where the count is 0."""
+    total = jnp.asarray(total)
+    total = total.astype(jnp.promote_types(total.dtype, jnp.float32))
+    count = jnp.asarray(count).astype(total.dtype)
+    return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))

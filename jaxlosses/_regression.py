@@ -1,0 +1,244 @@
+"""Losses of real-valued predictions."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from jaxlosses._kernel import as_floats, check_axis, reduce_losses
+from jaxlosses._mean import WeightedMean
+from jaxlosses._typing import AxisName, Reals, Reduction, SampleReals, UnitVectors, Weights, jit
+
+
+@jit
+def compute_weighted_loss(
+    losses: Reals,
+    weights: Weights = 1.0,
+    *,
+    reduction: Reduction = "mean",
+    axis_name: AxisName = None,
+) -> Array | WeightedMean:
+    r"""Weigh and reduce losses that were computed elsewhere.
+
+    $$\frac{\sum_i w_i\, l_i}{|\{i : w_i \ne 0\}|}$$
+
+    The derivative of a function whose own slope is not finite where a loss is absent is out of
+    reach here; :func:`weighted` takes care of that too.
+
+    Args:
+        losses: Losses ``[batch, d1, ..., dN]``.
+        weights: Weights, aligned with the losses from the left.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        axis_name: Mapped axes to reduce over as well.
+
+    Returns:
+        The reduced loss, float32 at least.
+
+    Raises:
+        ValueError: if the weights do not align with the losses.
+
+    References:
+        ``tf.contrib.losses.compute_weighted_loss``, TensorFlow 1.15.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> losses, weights = jnp.array([4.0, 1.0, 2.0, 3.0]), jnp.array([1.0, 0.5, 3.0, 9.0])
+        >>> print(jl.compute_weighted_loss(losses, weights))  # (4*1 + 1*0.5 + 2*3 + 3*9) / 4
+        9.375
+    """
+    inputs = as_floats(losses=losses)
+    return reduce_losses(lambda l: l, inputs, weights, reduction=reduction, axis_name=axis_name)  # noqa: E741
+
+
+@jit
+def absolute_difference(
+    predictions: Reals,
+    labels: Reals,
+    weights: Weights = 1.0,
+    *,
+    reduction: Reduction = "mean",
+    axis_name: AxisName = None,
+) -> Array | WeightedMean:
+    r"""Absolute difference, in the units of the predictions; its slope at 0 is 0.
+
+    $$l = |p - y|$$
+
+    Args:
+        predictions: Real numbers ``[batch, d1, ..., dN]``.
+        labels: Real numbers of the same shape.
+        weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        axis_name: Mapped axes to reduce over as well.
+
+    Returns:
+        The reduced loss, float32 at least.
+
+    Raises:
+        ValueError: if the shapes differ, or the weights do not align.
+
+    References:
+        ``tf.contrib.losses.absolute_difference``, TensorFlow 1.15.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> print(jl.absolute_difference(jnp.array([1.0, 2.0]), jnp.array([3.0, 2.0])))
+        1.0
+    """
+    inputs = as_floats(predictions=predictions, labels=labels)
+
+    def formula(p: Array, y: Array) -> Array:
+        return jnp.abs(p - y)
+
+    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+
+
+@jit
+def mean_squared_error(
+    predictions: Reals,
+    labels: Reals,
+    weights: Weights = 1.0,
+    *,
+    reduction: Reduction = "mean",
+    axis_name: AxisName = None,
+) -> Array | WeightedMean:
+    r"""Squared error, in the squared units of the predictions.
+
+    $$l = (p - y)^2$$
+
+    Args:
+        predictions: Real numbers ``[batch, d1, ..., dN]``.
+        labels: Real numbers of the same shape.
+        weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        axis_name: Mapped axes to reduce over as well.
+
+    Returns:
+        The reduced loss, float32 at least.
+
+    Raises:
+        ValueError: if the shapes differ, or the weights do not align.
+
+    References:
+        ``tf.contrib.losses.mean_squared_error``, TensorFlow 1.15.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> predictions, depths = jnp.array([1.5, 2.0]), jnp.array([1.0, jnp.nan])
+        >>> print(jl.mean_squared_error(predictions, depths, jnp.isfinite(depths)))
+        0.25
+    """
+    inputs = as_floats(predictions=predictions, labels=labels)
+
+    def formula(p: Array, y: Array) -> Array:
+        return jnp.square(p - y)
+
+    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+
+
+@jit
+def mean_pairwise_squared_error(
+    predictions: SampleReals,
+    labels: SampleReals,
+    weights: Weights = 1.0,
+    *,
+    reduction: Reduction = "sum",
+    axis_name: AxisName = None,
+) -> Array | WeightedMean:
+    r"""Squared error of the differences between pairs of elements of one sample.
+
+    A constant offset of a sample costs nothing: this is the loss of shape, in the squared units
+    of the predictions. The mean over all $n^2$ pairs is twice the variance of $d = p - y$:
+
+    $$l_b = \frac{1}{n^2} \sum_{i,j} (d_{bi} - d_{bj})^2 = \frac{2}{n} \sum_i (d_{bi} - \bar d_b)^2$$
+
+    The samples' losses are summed by default, as in TensorFlow.
+
+    Args:
+        predictions: Real numbers ``[batch, d1, ..., dN]``; a sample is all but the first axis.
+        labels: Real numbers of the same shape.
+        weights: Weights of the samples: a scalar, ``[batch]`` or ``[batch, 1]``.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        axis_name: Mapped axes to reduce over as well.
+
+    Returns:
+        The reduced loss, float32 at least.
+
+    Raises:
+        ValueError: if the shapes differ, there is no batch axis, or the weights do not align.
+
+    References:
+        ``tf.contrib.losses.mean_pairwise_squared_error``, TensorFlow 1.15. Eigen, Puhrsch and
+        Fergus, "Depth map prediction from a single image using a multi-scale deep network", 2014.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> print(jl.mean_pairwise_squared_error(jnp.array([[7.0, 8.0]]), jnp.array([[0.0, 3.0]])))
+        2.0
+    """
+    inputs = as_floats(predictions=predictions, labels=labels)
+    if inputs[0].ndim == 0:
+        raise ValueError("predictions must have a batch axis, got a scalar")
+
+    def formula(p: Array, y: Array) -> Array:
+        # Centred: the difference of squares loses every digit when the mean is large.
+        axes = tuple(range(1, p.ndim))
+        n = max(p[:1].size, 1)
+        d = p - y
+        centred = d - jnp.sum(d, axes, keepdims=True) / n
+        return 2 * jnp.sum(jnp.square(centred), axes) / n
+
+    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+
+
+@jit
+def cosine_distance(
+    predictions: UnitVectors,
+    labels: UnitVectors,
+    weights: Weights = 1.0,
+    *,
+    axis: int = -1,
+    reduction: Reduction = "mean",
+    axis_name: AxisName = None,
+) -> Array | WeightedMean:
+    r"""Cosine distance of unit vectors, between 0 and 2.
+
+    $$l = 1 - \sum_{axis} p\, y$$
+
+    The vectors are taken as they are: normalise them first.
+
+    Args:
+        predictions: Unit vectors along ``axis``, of shape ``[batch, d1, ..., dN]``.
+        labels: Unit vectors of the same shape.
+        weights: Weights, aligned from the left with the shape without ``axis``.
+        axis: The axis along which the vectors lie.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        axis_name: Mapped axes to reduce over as well.
+
+    Returns:
+        The reduced loss, float32 at least.
+
+    Raises:
+        ValueError: if the shapes differ, ``axis`` is none of theirs, or the weights do not align.
+
+    References:
+        ``tf.contrib.losses.cosine_distance``, TensorFlow 1.15.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> print(jl.cosine_distance(jnp.array([[0.0, 1.0]]), jnp.array([[0.6, 0.8]])).round(3))
+        0.2
+    """
+    inputs = as_floats(predictions=predictions, labels=labels)
+    axis = check_axis("axis", axis, inputs[0].ndim)
+    inputs = [jnp.moveaxis(x, axis, -1) for x in inputs]
+
+    def formula(p: Array, y: Array) -> Array:
+        return 1 - jnp.sum(p * y, axis=-1)
+
+    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)

@@ -1,0 +1,48 @@
+"""What the arguments of a loss hold, in a form that tests can read, and a ``jit`` that types see."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Hashable
+from typing import Annotated, Literal, ParamSpec, TypeAlias, TypeVar, cast
+
+import jax
+from jax.typing import ArrayLike
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Reduction: TypeAlias = Literal["mean", "average", "sum", "none", "parts"]
+AxisName: TypeAlias = Hashable | tuple[Hashable, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Holds:
+    """What an array argument holds.
+
+    Attributes:
+        domain: What each number is; ``tests/arguments.py`` draws valid ones by this name.
+        inner: The axes that one loss consumes, after the axes that the losses keep.
+    """
+
+    domain: str
+    inner: tuple[str, ...] = ()
+
+
+Reals: TypeAlias = Annotated[ArrayLike, Holds("real")]
+Logits: TypeAlias = Annotated[ArrayLike, Holds("logit")]
+Probabilities: TypeAlias = Annotated[ArrayLike, Holds("probability")]
+SampleReals: TypeAlias = Annotated[ArrayLike, Holds("real", inner=("elements",))]
+UnitVectors: TypeAlias = Annotated[ArrayLike, Holds("unit vector", inner=("features",))]
+ClassLogits: TypeAlias = Annotated[ArrayLike, Holds("logit", inner=("classes",))]
+ClassProbabilities: TypeAlias = Annotated[ArrayLike, Holds("distribution", inner=("classes",))]
+ClassIds: TypeAlias = Annotated[ArrayLike, Holds("class id")]
+Weights: TypeAlias = Annotated[ArrayLike, Holds("weight")]
+
+
+def jit(function: Callable[P, R]) -> Callable[P, R]:
+    """``jax.jit`` with every keyword-only argument static and the signature kept for type checkers."""
+    parameters = inspect.signature(function).parameters.values()
+    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return cast(Callable[P, R], jax.jit(function, static_argnames=options))
