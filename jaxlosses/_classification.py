@@ -217,9 +217,9 @@ def softmax_cross_entropy(
     def formula(x: Array, y: Array) -> Array:
         y = y * (1 - label_smoothing) + label_smoothing / x.shape[-1]
         top, shifted, log_sum = _log_normalizer(x)
-        # Not 0 * -inf, yet the slope with respect to a label of 0 stays what it is elsewhere.
-        off_label = jnp.where((y == 0) & jnp.isneginf(shifted), 0, shifted)
-        losses = jnp.sum(y, axis=-1) * log_sum - jnp.sum(y * off_label, axis=-1)
+        # Not 0 * inf, yet the slope with respect to any other label of 0 stays what it is.
+        ruled_out = (y == 0) & jnp.isneginf(shifted)
+        losses = jnp.sum(y * jnp.where(ruled_out, 0, log_sum[..., None] - shifted), axis=-1)
         return losses + z_loss * jnp.square(top + log_sum) if z_loss else losses
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
@@ -337,7 +337,7 @@ def _class_ids(labels: ArrayLike, logits_shape: tuple[int, ...], ignore_index: i
 
 
 def _debug_check(labels: Array, classes: int, weights: Array) -> None:
-    wrong = (weights != 0) & ~_is_class(labels, classes)
+    wrong = weights.astype(bool) & ~_is_class(labels, classes)
     checkify.debug_check(
         ~jnp.any(wrong),
         "labels must be in [0, {classes}) where they count, got {label}",

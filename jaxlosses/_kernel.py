@@ -161,7 +161,7 @@ class _Losses:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _weigh(losses_fn: _Losses, weights: Array, *arguments: Array) -> Array:
     losses = losses_fn(*arguments)
-    return jnp.where(weights != 0, losses, 0) * weights.astype(losses.dtype)
+    return jnp.where(weights.astype(bool), losses, 0) * weights.astype(losses.dtype)
 
 
 def _weigh_jvp(losses_fn: _Losses, primals: Any, tangents: Any) -> tuple[Array, Array]:
@@ -173,16 +173,16 @@ def _weigh_jvp(losses_fn: _Losses, primals: Any, tangents: Any) -> tuple[Array, 
     """
     weights, *arguments = primals
     dweights, *dinputs = tangents
-    usable = (weights != 0) | losses_fn.is_finite(*arguments)
+    usable = weights.astype(bool) | losses_fn.is_finite(*arguments)
 
     def select(position: int, array: Array, otherwise: float) -> Array:
-        if position >= losses_fn.num_inputs:
-            return array
-        return jnp.where(_expand(usable, array), array, jnp.asarray(otherwise, array.dtype))
+        mask = _expand(usable, arguments[position])
+        return jnp.where(mask, array, jnp.asarray(otherwise, array.dtype))
 
-    safe = [select(i, a, _stand_in(i, a)) for i, a in enumerate(arguments)]
+    inputs = range(losses_fn.num_inputs)
+    safe = [select(i, a, _stand_in(i, a)) if i in inputs else a for i, a in enumerate(arguments)]
     moved = [i for i, d in enumerate(dinputs) if not isinstance(d, SymbolicZero)]
-    moves = [select(i, dinputs[i], 0) for i in moved]
+    moves = [select(i, dinputs[i], 0) if i in inputs else dinputs[i] for i in moved]
     losses, dlosses = jax.jvp(_vary(losses_fn, safe, moved), [safe[i] for i in moved], moves)
     losses, dlosses = (jnp.where(usable, x, 0) for x in (losses, dlosses))
     scale = weights.astype(losses.dtype)
@@ -222,7 +222,7 @@ def _count(weights: Array, shape: tuple[int, ...]) -> Array:
     """The number of losses whose weight is not zero, in integers as far as int32 can hold it."""
     copies = math.prod(shape) // max(weights.size, 1)
     exact = math.prod(shape) < 2**31
-    return jnp.sum(weights != 0, dtype=jnp.int32 if exact else jnp.float32) * copies
+    return jnp.sum(weights.astype(bool), dtype=jnp.int32 if exact else jnp.float32) * copies
 
 
 def _precision(*arrays: ArrayLike) -> Any:

@@ -72,6 +72,6 @@ class WeightedMean:
 def divide(total: ArrayLike, count: ArrayLike) -> Array:
     """``total / count`` in the total's precision, 0 (and no derivative) where the count is 0."""
     total = jnp.asarray(total)
-    total = total.astype(jnp.promote_types(total.dtype, jnp.float32))
+    total = total.astype(jnp.float64 if total.dtype == jnp.float64 else jnp.float32)
     count = jnp.asarray(count).astype(total.dtype)
     return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))

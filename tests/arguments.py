@@ -1,0 +1,108 @@
+"""Valid arguments for any loss, drawn from the annotations of its signature."""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlosses._typing import Holds
+
+CLASSES = 5
+IMPOSSIBLE = {"class id": (-1, CLASSES, -CLASSES, 2**31 - 1)}
+NOT_A_NUMBER = (np.nan, np.inf, -np.inf)
+
+
+@dataclasses.dataclass
+class Case:
+    """A loss, the inputs that it takes, and the shape of its losses."""
+
+    loss: Callable[..., Any]
+    inputs: dict[str, Holds]
+    batch: tuple[int, ...] = (4, 3)
+
+    @property
+    def losses_shape(self) -> tuple[int, ...]:
+        per_sample = any("elements" in held.inner for held in self.inputs.values())
+        return self.batch[:1] if per_sample else self.batch
+
+    def shape(self, name: str, batch: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        inner = self.inputs[name].inner
+        sizes = () if inner in ((), ("elements",)) else (CLASSES,)
+        return (self.batch if batch is None else batch) + sizes
+
+    def draw(self, seed: int = 0, batch: tuple[int, ...] | None = None) -> list[Any]:
+        rng = np.random.default_rng(seed)
+        return [
+            _draw(rng, held.domain, self.shape(name, batch)) for name, held in self.inputs.items()
+        ]
+
+    def weights(self, seed: int = 0) -> Any:
+        """Weights of the losses' shape, with a zero in row 0 and a whole row 1 of zeros."""
+        weights = np.random.default_rng(seed + 1).uniform(0.5, 2.0, self.losses_shape)
+        weights.flat[0] = 0
+        weights[1] = 0
+        return jnp.asarray(weights, jnp.float32)
+
+    def hide(self, values: list[Any], weights: Any, rubbish: float, label: int) -> list[Any]:
+        """The inputs with rubbish wherever the weight is zero."""
+        hidden = []
+        for value, held in zip(values, self.inputs.values(), strict=True):
+            mask = np.asarray(weights == 0)
+            mask = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
+            filler = label if held.domain == "class id" else rubbish
+            hidden.append(jnp.where(mask, jnp.asarray(filler, value.dtype), value))
+        return hidden
+
+    @property
+    def floats(self) -> tuple[int, ...]:
+        """Positions of the inputs that have derivatives."""
+        return tuple(i for i, h in enumerate(self.inputs.values()) if h.domain != "class id")
+
+
+def cases(package: ModuleType) -> dict[str, Case]:
+    """Every public loss of a package: what takes arrays, ``weights`` and ``reduction``."""
+    found = {}
+    for name, value in vars(package).items():
+        if name.startswith("_") or not callable(value) or inspect.isclass(value):
+            continue
+        hints = typing.get_type_hints(inspect.unwrap(value), include_extras=True)
+        held = {k: h.__metadata__[0] for k, h in hints.items() if hasattr(h, "__metadata__")}
+        if held.pop("weights", None) is not None and "reduction" in hints:
+            found[name] = Case(value, held)
+    return found
+
+
+def _draw(rng: np.random.Generator, domain: str, shape: tuple[int, ...]) -> Any:
+    match domain:
+        case "class id":
+            return jnp.asarray(rng.integers(0, CLASSES, shape), jnp.int32)
+        case "real" | "logit":
+            values = rng.normal(0, 3, shape)
+        case "probability":
+            values = rng.uniform(0.05, 0.95, shape)
+        case "unit vector":
+            values = rng.normal(size=shape)
+            values /= np.linalg.norm(values, axis=-1, keepdims=True)
+        case "distribution":
+            values = rng.dirichlet(np.ones(shape[-1]), shape[:-1])
+        case _:
+            raise NotImplementedError(f"say how to draw a {domain}")
+    return jnp.asarray(values, jnp.float32)
+
+
+def extremes(domain: str) -> tuple[float, ...]:
+    """Values at which a loss has to stay finite."""
+    match domain:
+        case "class id":
+            return (0, CLASSES - 1)
+        case "logit":
+            return (-1e4, -80.0, 0.0, 80.0, 1e4)
+        case "real":
+            return (-1e4, 0.0, 1e4)
+        case _:
+            return (0.0, 1.0)

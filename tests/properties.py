@@ -1,0 +1,298 @@
+"""What holds for every loss. Each property takes a case and raises AssertionError."""
+
+import functools
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from arguments import IMPOSSIBLE, NOT_A_NUMBER, Case, extremes
+from jax.sharding import NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+REDUCTIONS = ("mean", "average", "sum", "none", "parts")
+close = functools.partial(chex.assert_trees_all_close, rtol=2e-6, atol=2e-6)
+
+
+def every_argument(case: Case) -> tuple[int, ...]:
+    return (*case.floats, len(case.inputs))
+
+
+def jit_is_eager_with_one_trace(case: Case) -> None:
+    for reduction in REDUCTIONS:
+        loss = functools.partial(case.loss, reduction=reduction)
+        chex.clear_trace_counter()
+        jitted = jax.jit(chex.assert_max_traces(lambda *a, loss=loss: loss(*a), n=1))
+        for seed in (0, 1):
+            values, weights = case.draw(seed), case.weights(seed)
+            with jax.disable_jit():
+                eager = loss(*values, weights)
+            close(jitted(*values, weights), eager, rtol=1e-5, atol=1e-5)
+
+
+def vmap_is_a_loop(case: Case) -> None:
+    draws = [(*case.draw(seed), case.weights(seed)) for seed in range(3)]
+    stacked = [jnp.stack(column) for column in zip(*draws, strict=True)]
+    for reduction in REDUCTIONS:
+        loss = functools.partial(case.loss, reduction=reduction)
+        loop = [loss(*draw) for draw in draws]
+        close(jax.vmap(loss)(*stacked), jax.tree.map(lambda *x: jnp.stack(x), *loop), rtol=1e-5)
+    grad = jax.grad(case.loss, every_argument(case))
+    loop = [grad(*draw) for draw in draws]
+    close(jax.vmap(grad)(*stacked), jax.tree.map(lambda *x: jnp.stack(x), *loop), rtol=1e-5)
+
+
+def finite_differences_agree(case: Case) -> None:
+    values = [*case.draw(), case.weights()]
+    moved = every_argument(case)
+
+    def loss(*some):
+        return case.loss(*(some[moved.index(i)] if i in moved else v for i, v in enumerate(values)))
+
+    check_grads(loss, [values[i] for i in moved[:-1]] + [values[-1] + 1], 1, rtol=2e-2, atol=2e-2)
+
+
+def second_order_is_symmetric(case: Case) -> None:
+    moved = every_argument(case)
+    hessian = jax.hessian(functools.partial(case.loss, reduction="sum"), moved)
+    blocks = hessian(*case.draw(), case.weights())
+    shapes = [case.draw()[i].shape for i in case.floats] + [case.losses_shape]
+    for i, j in itertools.combinations_with_replacement(range(len(moved)), 2):
+        rows, columns = int(np.prod(shapes[i])), int(np.prod(shapes[j]))
+        upper, lower = blocks[i][j].reshape(rows, columns), blocks[j][i].reshape(columns, rows)
+        close(upper, lower.T, rtol=1e-4, atol=1e-5)
+
+
+def weights_of_zero_can_be_learned(case: Case) -> None:
+    """Through the gradient too: schemes that reweight differentiate it at zero."""
+    values, zeros = case.draw(), jnp.zeros(case.losses_shape)
+    gradient = jax.grad(functools.partial(case.loss, reduction="sum"), case.floats[0])
+    slope_of_ones = gradient(*values, jnp.ones_like(zeros))
+    learned = jax.jvp(lambda w: gradient(*values, w), (zeros,), (jnp.ones_like(zeros),))[1]
+    close(learned, slope_of_ones, rtol=1e-4, atol=1e-5)
+
+
+def finite_at_extremes_and_at_a_perfect_fit(case: Case) -> None:
+    (_, first), *rest = case.inputs.items()
+    names = list(case.inputs)
+    grid = itertools.product(*(extremes(held.domain) for held in case.inputs.values()))
+    for point in grid:
+        values = [
+            jnp.full(case.shape(n), v, jnp.int32 if case.inputs[n].domain == "class id" else float)
+            for n, v in zip(names, point, strict=True)
+        ]
+        chex.assert_tree_all_finite(case.loss(*values))
+        chex.assert_tree_all_finite(jax.grad(case.loss, every_argument(case))(*values, 1.0))
+    if rest and rest[0][1] == first:
+        value = case.draw()[0]
+        chex.assert_tree_all_finite(jax.grad(case.loss, (0, 1))(value, value))
+
+
+def low_precision_accumulates_in_float32(case: Case) -> None:
+    values = case.draw(batch=(300, 3))
+    for dtype in (jnp.bfloat16, jnp.float16):
+        low = [v.astype(dtype) if i in case.floats else v for i, v in enumerate(values)]
+        exact = [v.astype(jnp.float32) if i in case.floats else v for i, v in enumerate(low)]
+        result = case.loss(*low)
+        assert result.dtype == jnp.float32
+        close(result, case.loss(*exact), rtol=1e-6)
+        for gradient in jax.grad(case.loss, case.floats)(*low):
+            assert gradient.dtype == dtype
+
+
+def integers_are_read_as_float32(case: Case) -> None:
+    if any(held.domain not in ("real", "logit") for held in case.inputs.values()):
+        return
+    values = [jnp.round(v) for v in case.draw()]
+    close(case.loss(*(v.astype(jnp.int32) for v in values)), case.loss(*values))
+
+
+def ones_are_the_default(case: Case) -> None:
+    values = case.draw()
+    for ones in (1, 1.0, True, np.ones(()), jnp.ones(case.losses_shape, bool)):
+        close(case.loss(*values, ones), case.loss(*values))
+
+
+def linear_in_the_weights(case: Case) -> None:
+    values, weights, more = case.draw(), case.weights(), -3 * case.weights(5)[::-1]
+    loss = functools.partial(case.loss, *values, reduction="sum")
+    close(loss(2 * weights + more), 2 * loss(weights) + loss(more), rtol=1e-4, atol=1e-4)
+
+
+def reductions_agree(case: Case) -> None:
+    values, weights = case.draw(), case.weights()
+    mean, average, total, none, parts = (
+        case.loss(*values, weights, reduction=reduction) for reduction in REDUCTIONS
+    )
+    unweighted = np.asarray(case.loss(*values, reduction="none"), np.float64)
+    w = np.asarray(weights, np.float64)
+    assert none.shape == case.losses_shape
+    close(none, np.float32(w * unweighted), atol=1e-5)
+    close(total, np.float32((w * unweighted).sum()), rtol=1e-5)
+    close(average, np.float32((w * unweighted).sum() / w.sum()), rtol=1e-5)
+    close(mean, np.float32((w * unweighted).sum() / (w != 0).sum()), rtol=1e-5)
+    close(parts.value, mean)
+    assert int(parts.count) == (w != 0).sum()
+    close(case.loss(*values, -weights, reduction="mean"), -mean)
+
+
+def weights_align_from_the_left(case: Case) -> None:
+    values, full = case.draw(), case.losses_shape
+    ones = tuple(1 for _ in full)
+    legal = [full[:1], full[:1] + ones[1:], ones, (*full, 1), full[:1] + (1,)]
+    legal += [ones[:1] + full[1:], ones[:1]]
+    for shape in legal:
+        weights = jnp.arange(int(np.prod(shape)), dtype=jnp.float32).reshape(shape)
+        kept = weights.reshape(shape[: len(full)])
+        padded = kept.reshape(kept.shape + (1,) * (len(full) - kept.ndim))
+        spread = jnp.broadcast_to(padded, full)
+        for reduction in ("mean", "average", "sum", "none", "parts"):
+            close(
+                case.loss(*values, weights, reduction=reduction),
+                case.loss(*values, spread, reduction=reduction),
+                rtol=1e-5,
+            )
+
+
+def nothing_counts_gives_zero(case: Case) -> None:
+    values = case.draw()
+    zeros = jnp.zeros(case.losses_shape)
+    hidden = case.hide(values, zeros, np.nan, 99)
+    for reduction in ("mean", "average", "sum"):
+        loss = functools.partial(case.loss, reduction=reduction)
+        assert loss(*hidden, zeros) == 0
+        for gradient in jax.grad(loss, every_argument(case))(*hidden, zeros):
+            assert not gradient.any()
+    empty = case.draw(batch=(0, 3))
+    assert case.loss(*empty) == 0
+    assert case.loss(*empty, reduction="parts").count == 0
+
+
+def a_zero_row_is_a_dropped_row(case: Case) -> None:
+    values, weights = case.draw(), case.weights().at[2].set(0)
+    kept = np.delete(np.arange(len(weights)), 2)
+    for reduction in ("mean", "average", "sum", "parts"):
+        close(
+            case.loss(*values, weights, reduction=reduction),
+            case.loss(*(v[kept] for v in values), weights[kept], reduction=reduction),
+            rtol=1e-5,
+        )
+
+
+def what_is_absent_touches_nothing(case: Case) -> None:
+    values, weights = case.draw(), case.weights()
+    moved = every_argument(case)[:-1]
+    for rubbish, label in itertools.product(NOT_A_NUMBER, IMPOSSIBLE["class id"]):
+        hidden = case.hide(values, weights, rubbish, label)
+        for reduction in ("mean", "average", "sum"):
+            loss = functools.partial(case.loss, reduction=reduction)
+            close(loss(*hidden, weights), loss(*values, weights))
+            close(jax.grad(loss, moved)(*hidden, weights), jax.grad(loss, moved)(*values, weights))
+        if "class id" not in {h.domain for h in case.inputs.values()}:
+            break
+    hidden = case.hide(values, weights, np.nan, -1)
+    slopes = jax.grad(case.loss, len(values))
+    close(slopes(*hidden, weights), jnp.where(weights == 0, 0, slopes(*values, weights)))
+
+    def along(*points):
+        moves = tuple(jnp.ones_like(points[i]) for i in moved)
+
+        def loss(*some):
+            return case.loss(
+                *(some[moved.index(i)] if i in moved else p for i, p in enumerate(points)), weights
+            )
+
+        return jax.jvp(loss, tuple(points[i] for i in moved), moves)[1]
+
+    close(along(*hidden), along(*values))
+    hessian = jax.hessian(case.loss, moved)
+    close(hessian(*hidden, weights), hessian(*values, weights), atol=1e-5)
+
+
+def the_slope_of_a_weight_is_its_loss(case: Case) -> None:
+    values, weights = case.draw(), case.weights()
+    losses = case.loss(*values, reduction="none")
+    count = (weights != 0).sum()
+    mean = functools.partial(case.loss, reduction="mean")
+    slopes = jax.grad(mean, len(values))(*values, weights)
+    close(slopes, losses / count.astype(jnp.float32), rtol=1e-5)
+
+
+def trouble_that_counts_propagates(case: Case) -> None:
+    for position in case.floats:
+        values = case.draw()
+        values[position] = values[position].at[0].set(jnp.nan)
+        assert jnp.isnan(case.loss(*values))
+
+
+def impossible_labels_are_nan(case: Case) -> None:
+    ids = [i for i, held in enumerate(case.inputs.values()) if held.domain == "class id"]
+    for i, label in itertools.product(ids, IMPOSSIBLE["class id"]):
+        values = case.draw()
+        values[i] = values[i].at[2, 1].set(label)
+        losses = case.loss(*values, reduction="none")
+        assert jnp.isnan(losses[2, 1])
+        assert jnp.isnan(losses).sum() == 1
+        gradient = jax.grad(case.loss)(*values)
+        assert jnp.isnan(gradient[2, 1]).all()
+        assert jnp.isnan(gradient).sum() == gradient[2, 1].size
+
+
+def shapes_must_match(case: Case) -> None:
+    values, full = case.draw(), case.losses_shape
+    if len(values) == 2:
+        first, second = case.inputs
+        for other in (values[1][:, :1], values[1][..., None, None], values[1][None], values[1][:1]):
+            message = raises(case.loss, values[0], other)
+            assert first in message
+            assert second in message
+    for weights in (
+        np.ones(full[:-1] + (full[-1] + 1,)),
+        np.ones((2, *full)),
+        np.ones((*full, 2)),
+        np.ones(7),
+    ):
+        message = raises(case.loss, *values, weights.astype(np.float32))
+        assert str(weights.shape) in message
+        assert str(full) in message
+    assert "weights" in raises(case.loss, *values, None)
+    assert "weights" in raises(case.loss, *values, np.ones(full, np.complex64))
+    assert "reduction" in raises(case.loss, *values, reduction="avg")
+    assert next(iter(case.inputs)) in raises(case.loss, None, *values[1:])
+
+
+def devices_agree_with_one(case: Case) -> None:
+    values, weights = case.draw(batch=(8, 3)), jnp.arange(8.0) % 3
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = PartitionSpec("data")
+    for reduction in ("mean", "average", "sum", "parts"):
+
+        def loss(*arguments, axis_name=None, reduction=reduction):
+            return case.loss(*arguments, reduction=reduction, axis_name=axis_name)
+
+        expected = loss(*values, weights)
+        mapped = jax.shard_map(
+            functools.partial(loss, axis_name="data"),
+            mesh=mesh,
+            in_specs=(spec,) * (len(values) + 1),
+            out_specs=PartitionSpec(),
+        )
+        close(jax.jit(mapped)(*values, weights), expected, rtol=1e-5)
+        placed = [jax.device_put(v, NamedSharding(mesh, spec)) for v in (*values, weights)]
+        close(loss(*placed), expected, rtol=1e-5)
+
+
+def raises(loss, *arguments, **options) -> str:
+    try:
+        loss(*arguments, **options)
+    except ValueError as error:
+        return str(error)
+    raise AssertionError("no ValueError")
+
+
+PROPERTIES = [
+    value
+    for name, value in list(vars().items())
+    if callable(value) and getattr(value, "__annotations__", {}) == {"case": Case, "return": None}
+]

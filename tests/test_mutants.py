@@ -1,0 +1,243 @@
+"""A test of the tests: the package with one thing wrong, each time, and a property that notices.
+
+A mutant is the package's own source with one piece replaced, imported under another name.
+"""
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from arguments import cases
+from properties import PROPERTIES
+
+import jaxlosses as jl
+
+SOURCE = Path(jl.__file__).parent
+KERNEL, MEAN = "_kernel.py", "_mean.py"
+REGRESSION, CLASSES = "_regression.py", "_classification.py"
+BY_NAME = {check.__name__: check for check in PROPERTIES}
+
+MUTANTS = {
+    # name: (file, what it says, what the mutant says, the loss, the property that notices)
+    "multiply instead of select": (
+        KERNEL,
+        "jnp.where(weights.astype(bool), losses, 0) *",
+        "losses *",
+        "mean_squared_error",
+        "what_is_absent_touches_nothing",
+    ),
+    "differentiate at absent inputs": (
+        KERNEL,
+        "return jnp.where(mask, array, jnp.asarray(otherwise, array.dtype))",
+        "return array",
+        "sigmoid_cross_entropy",
+        "what_is_absent_touches_nothing",
+    ),
+    "forget slopes at weights of zero": (
+        KERNEL,
+        "usable = weights.astype(bool) | losses_fn.is_finite(*arguments)",
+        "usable = weights.astype(bool) & jnp.ones_like(losses_fn.is_finite(*arguments))",
+        "mean_squared_error",
+        "the_slope_of_a_weight_is_its_loss",
+    ),
+    "drop the derivative of the weights": (
+        KERNEL,
+        "tangent += losses * dweights.astype(losses.dtype)",
+        "pass",
+        "log_loss",
+        "the_slope_of_a_weight_is_its_loss",
+    ),
+    "count from unbroadcast weights": (
+        KERNEL,
+        "if exact else jnp.float32) * copies",
+        "if exact else jnp.float32) * 1",
+        "absolute_difference",
+        "weights_align_from_the_left",
+    ),
+    "divide by the batch": (
+        KERNEL,
+        "count = _count(weights, shape).astype(dtype)",
+        "count = jnp.asarray(shape[0], dtype)",
+        "absolute_difference",
+        "reductions_agree",
+    ),
+    "divide by the number of elements": (
+        KERNEL,
+        "count = _count(weights, shape).astype(dtype)",
+        "count = jnp.asarray(math.prod(shape), dtype)",
+        "absolute_difference",
+        "a_zero_row_is_a_dropped_row",
+    ),
+    "count positive weights only": (
+        KERNEL,
+        "jnp.sum(weights.astype(bool),",
+        "jnp.sum(weights.astype(jnp.float32) > 0,",
+        "hinge_loss",
+        "reductions_agree",
+    ),
+    "average as if it were the mean": (
+        KERNEL,
+        'if reduction == "average":',
+        'if reduction == "averages":',
+        "mean_squared_error",
+        "reductions_agree",
+    ),
+    "align weights from the right": (
+        KERNEL,
+        "kept + (1,) * (len(shape) - len(kept))",
+        "(1,) * (len(shape) - len(kept)) + kept",
+        "mean_squared_error",
+        "weights_align_from_the_left",
+    ),
+    "let any weights through": (
+        KERNEL,
+        "if len(kept) > len(shape) or any(",
+        "if False and any(",
+        "mean_squared_error",
+        "shapes_must_match",
+    ),
+    "drop the shape check": (
+        KERNEL,
+        "if array.shape != head.shape:",
+        "if False:",
+        "mean_squared_error",
+        "shapes_must_match",
+    ),
+    "take weights of None": (
+        KERNEL,
+        'weights = as_array("weights", weights)',
+        'weights = as_array("weights", 1.0 if weights is None else weights)',
+        "mean_squared_error",
+        "shapes_must_match",
+    ),
+    "accumulate in bf16": (
+        KERNEL,
+        "dtype = _precision(*inputs, weights)",
+        "dtype = inputs[0].dtype",
+        "mean_squared_error",
+        "low_precision_accumulates_in_float32",
+    ),
+    "forget the collective of the count": (
+        KERNEL,
+        "total, count = jax.lax.psum((total, count), axis_name)",
+        "total = jax.lax.psum(total, axis_name)",
+        "mean_squared_error",
+        "devices_agree_with_one",
+    ),
+    "forget the collective of a sum": (
+        KERNEL,
+        "total if axis_name is None else jax.lax.psum(total, axis_name)",
+        "total",
+        "mean_squared_error",
+        "devices_agree_with_one",
+    ),
+    "divide by a count of zero": (
+        MEAN,
+        "jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))",
+        "total / count",
+        "mean_squared_error",
+        "nothing_counts_gives_zero",
+    ),
+    "NaN where nothing counts": (
+        MEAN,
+        "jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))",
+        "jnp.where(count == 0, jnp.nan, total / jnp.where(count == 0, 1, count))",
+        "mean_squared_error",
+        "nothing_counts_gives_zero",
+    ),
+    "swallow NaN that counts": (
+        KERNEL,
+        "total = jnp.sum(losses)",
+        "total = jnp.nansum(losses)",
+        "mean_squared_error",
+        "trouble_that_counts_propagates",
+    ),
+    "sqrt(x^2) for |x|": (
+        REGRESSION,
+        "d * jnp.sign(d)",
+        "jnp.sqrt(jnp.square(d))",
+        "absolute_difference",
+        "finite_at_extremes_and_at_a_perfect_fit",
+    ),
+    "forget epsilon": (
+        CLASSES,
+        "jnp.log(p + epsilon)",
+        "jnp.log(p)",
+        "log_loss",
+        "finite_at_extremes_and_at_a_perfect_fit",
+    ),
+    "exponentiate raw logits": (
+        CLASSES,
+        "top = jax.lax.stop_gradient(jnp.max(x, axis=-1))",
+        "top = jnp.zeros_like(x[..., 0])",
+        "softmax_cross_entropy",
+        "finite_at_extremes_and_at_a_perfect_fit",
+    ),
+    "logarithm of a sigmoid": (
+        CLASSES,
+        "jax.nn.softplus(jnp.where(positive, -x, x))",
+        "-jnp.log(jax.nn.sigmoid(jnp.where(positive, x, -x)))",
+        "sigmoid_cross_entropy",
+        "finite_at_extremes_and_at_a_perfect_fit",
+    ),
+    "wrap a negative label": (
+        CLASSES,
+        "return wide.reshape(logits_shape[:-1])",
+        "return jnp.where(wide < 0, wide + logits_shape[-1], wide).reshape(logits_shape[:-1])",
+        "sparse_softmax_cross_entropy",
+        "impossible_labels_are_nan",
+    ),
+    "clamp a label": (
+        CLASSES,
+        "return wide.reshape(logits_shape[:-1])",
+        "return jnp.clip(wide, 0, logits_shape[-1] - 1).reshape(logits_shape[:-1])",
+        "sparse_softmax_cross_entropy",
+        "impossible_labels_are_nan",
+    ),
+    "NaN in the value only": (
+        CLASSES,
+        "return losses * jnp.where(_is_class(y, x.shape[-1]), 1, jnp.nan).astype(losses.dtype)",
+        "return jnp.where(_is_class(y, x.shape[-1]), losses, jnp.nan)",
+        "sparse_softmax_cross_entropy",
+        "impossible_labels_are_nan",
+    ),
+    "mix the samples of a batch": (
+        REGRESSION,
+        "jnp.sum(d, axes, keepdims=True) / n",
+        "jnp.mean(d)",
+        "mean_pairwise_squared_error",
+        "a_zero_row_is_a_dropped_row",
+    ),
+    "stop the gradient of the labels": (
+        REGRESSION,
+        "jnp.square(p - y)",
+        "jnp.square(p - __import__('jax').lax.stop_gradient(y))",
+        "mean_squared_error",
+        "finite_differences_agree",
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTANTS)
+def test_mutant_is_caught(mutation, tmp_path, monkeypatch):
+    file, right, wrong, loss, noticed_by = MUTANTS[mutation]
+    package = f"mutant_{list(MUTANTS).index(mutation)}"
+    shutil.copytree(SOURCE, tmp_path / package)
+    for path in (tmp_path / package).glob("*.py"):
+        text = path.read_text()
+        if path.name == file:
+            assert text.count(right) == 1, "the mutation no longer says what to change"
+            text = text.replace(right, wrong)
+        imports = text.replace("from jaxlosses.", f"from {package}.")
+        # The annotations are shared, so that arguments are drawn alike.
+        path.write_text(imports.replace(f"from {package}._typing", "from jaxlosses._typing"))
+    monkeypatch.syspath_prepend(tmp_path)
+    case = cases(importlib.import_module(package))[loss]
+    check = BY_NAME[noticed_by]
+    check(cases(jl)[loss])
+    with pytest.raises(Exception):  # noqa: B017, PT011
+        check(case)
+    for name in [n for n in sys.modules if n.startswith(package)]:
+        del sys.modules[name]

@@ -1,0 +1,170 @@
+"""The recorded outputs of TensorFlow 1.15.5, which ``record_tensorflow.py`` wrote."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxlosses as jl
+
+# Both sides round in float32: a few units in the last place of a result, and where terms cancel,
+# of the largest of them. The derivative of a perfect prediction's loss may cancel to nothing.
+ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
+# What TensorFlow has no counterpart of.
+NOT_IN_TENSORFLOW = {"weighted"}
+
+
+def load():
+    with np.load(pathlib.Path(__file__).parent / "tensorflow.npz") as file:
+        cases = json.loads(file["cases"].tobytes())
+        numbers = file["numbers"]
+    start = 0
+
+    def take(shape, dtype):
+        nonlocal start
+        stop = start + int(np.prod(shape))
+        taken, start = numbers[start:stop].reshape(shape).astype(dtype), stop
+        return taken
+
+    for case in cases:
+        case["inputs"] = {name: take(shape, dtype) for name, dtype, shape in case["inputs"]}
+        case["outputs"] = {name: take(shape, np.float32) for name, shape in case["outputs"]}
+    assert start == numbers.size
+    return cases
+
+
+def name_of(index, case):
+    shapes = ["x".join(map(str, x.shape)) or "scalar" for x in case["inputs"].values()]
+    options = [f"{k}={v:g}" for k, v in case["options"].items()]
+    note = case["note"].replace(" ", "_")
+    return "-".join([case["function"], *shapes, *options, *([note] if note else []), str(index)])
+
+
+CASES = load()
+NAMES = [name_of(i, c) for i, c in enumerate(CASES)]
+SAME = [pytest.param(c, id=n) for c, n in zip(CASES, NAMES, strict=True) if not c["why"]]
+DIFFERENT = [pytest.param(c, id=n) for c, n in zip(CASES, NAMES, strict=True) if c["why"]]
+
+
+def ours(case, names):
+    """Value and gradients with respect to some inputs, from jaxlosses."""
+    inputs = {name: jnp.asarray(as_jax(x)) for name, x in case["inputs"].items()}
+
+    def loss(chosen):
+        return getattr(jl, case["function"])(**{**inputs, **chosen}, **case["options"])
+
+    value, gradients = jax.value_and_grad(loss)({name: inputs[name] for name in names})
+    return {"value": np.asarray(value), **{k: np.asarray(v) for k, v in gradients.items()}}
+
+
+def as_jax(array):
+    return array.astype(np.int32) if array.dtype == np.int64 else array
+
+
+def element_losses(function, inputs, options):
+    """The losses by their definition, in float64."""
+    x, *labels = inputs
+    y = labels[0] if labels else None
+    smoothing = options.get("label_smoothing", 0)
+    if function == "compute_weighted_loss":
+        return x
+    if function == "absolute_difference":
+        return np.abs(x - y)
+    if function == "mean_squared_error":
+        return (x - y) ** 2
+    if function == "log_loss":
+        epsilon = options.get("epsilon", 1e-7)
+        return -y * np.log(x + epsilon) - (1 - y) * np.log(1 - x + epsilon)
+    if function == "hinge_loss":
+        return np.maximum(0, 1 - (2 * y - 1) * x)
+    if function == "cosine_distance":
+        return 1 - np.sum(x * y, axis=options["axis"])
+    if function == "mean_pairwise_squared_error":
+        d = (x - y).reshape(len(x), -1)
+        return np.mean((d[:, :, None] - d[:, None, :]) ** 2, axis=(1, 2))
+    if function == "sigmoid_cross_entropy":
+        y = y * (1 - smoothing) + smoothing / 2
+        return y * np.logaddexp(0, -x) + (1 - y) * np.logaddexp(0, x)
+    classes = x.shape[-1]
+    if function == "sparse_softmax_cross_entropy":
+        y = np.eye(classes)[y.reshape(x.shape[:-1]).astype(int)]
+    y = y * (1 - smoothing) + smoothing / classes
+    log_softmax = x - np.logaddexp.reduce(x, axis=-1, keepdims=True)
+    return -np.sum(np.where((y == 0) & np.isneginf(log_softmax), 0, y * log_softmax), axis=-1)
+
+
+def right(case, names):
+    """Value and central differences of the definition, in float64."""
+    inputs = {name: x.astype(np.float64) for name, x in case["inputs"].items()}
+    given = inputs["weights"]
+
+    def total_and_shape(inputs):
+        *arrays, w = inputs.values()
+        losses = element_losses(case["function"], arrays, case["options"])
+        if w.ndim > losses.ndim:
+            w = w.squeeze(-1)
+        w = w.reshape(w.shape + (1,) * (losses.ndim - w.ndim))
+        present = given.reshape(w.shape) != 0
+        losses = np.where(present | np.isfinite(losses), losses, 0)
+        count = np.broadcast_to(present, losses.shape).sum()
+        if case["function"] == "mean_pairwise_squared_error":
+            count = 1
+        return np.sum(w * losses) / max(count, 1)
+
+    def derivative(name, place, step=1e-5):
+        ends = []
+        for sign in (1, -1):
+            moved = inputs[name].copy()
+            moved[place] += sign * step
+            ends.append(total_and_shape({**inputs, name: moved}))
+        return (ends[0] - ends[1]) / (2 * step)
+
+    with np.errstate(all="ignore"):
+        found = {"value": np.asarray(total_and_shape(inputs))}
+        for name in names:
+            slopes = [derivative(name, place) for place in np.ndindex(inputs[name].shape)]
+            found[name] = np.reshape(slopes, inputs[name].shape)
+    return found
+
+
+def close(actual, expected, **tolerance):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert actual[name].shape == expected[name].shape, name
+        np.testing.assert_allclose(actual[name], expected[name], **tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_same_as_tensorflow(case):
+    names = [name for name in case["outputs"] if name != "value"]
+    close(ours(case, names), case["outputs"], **ROUNDING)
+
+
+@pytest.mark.parametrize("case", DIFFERENT)
+def test_differs_from_tensorflow_on_purpose(case):
+    names = [name for name, x in case["inputs"].items() if x.dtype == np.float32]
+    names = [name for name in names if name != "labels"]
+    expected = right(case, names)
+    # The central differences are good to about eight digits of the value.
+    close(ours(case, names), expected, **ROUNDING)
+    with pytest.raises(AssertionError):
+        close(case["outputs"], {k: expected[k] for k in case["outputs"]}, rtol=1e-3, atol=1e-3)
+
+
+def test_the_definition_is_what_tensorflow_computes():
+    for case in CASES:
+        if not case["why"]:
+            value = case["outputs"]["value"]
+            np.testing.assert_allclose(value, right(case, [])["value"], **ROUNDING, err_msg=case)
+
+
+def test_the_recording_covers_every_loss():
+    losses = {name for name, f in vars(jl).items() if callable(f) and name.islower()}
+    assert len(CASES) >= 300
+    assert len(set(NAMES)) == len(CASES)
+    for cases in (SAME, DIFFERENT):
+        assert {p.values[0]["function"] for p in cases} == losses - NOT_IN_TENSORFLOW
+    assert {x.ndim for c in CASES for x in c["inputs"].values()} == {0, 1, 2, 3, 4}

@@ -1,0 +1,162 @@
+"""The lift, WeightedMean, and what belongs to single losses."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental import checkify
+
+import jaxlosses as jl
+
+P, Y = jnp.array([0.0, 4.0, jnp.nan, 1.0]), jnp.array([0.0, 0.0, 1.0, jnp.inf])
+W = jnp.array([0.0, 2.0, 0.0, 0.0])
+STEEP = {
+    "sqrt": lambda p, y: jnp.sqrt(p),
+    "log": lambda p, y: jnp.log(p) - jnp.log1p(y),
+    "norm": lambda p, y: jnp.sqrt(jnp.square(p - y)),
+    "power": lambda p, y: jnp.power(jnp.abs(p - y), 0.3),
+}
+
+
+@pytest.mark.parametrize("name", STEEP)
+def test_infinite_slopes_at_absent_places(name):
+    loss = jl.weighted(STEEP[name])
+    alone = jax.value_and_grad(loss, (0, 1, 2))(P[1:2], Y[1:2], W[1:2])
+    value, slopes = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(P, Y, W)
+    chex.assert_trees_all_close(value, alone[0])
+    for slope, expected in zip(slopes, alone[1], strict=True):
+        chex.assert_trees_all_close(slope[1:2], expected)
+    chex.assert_tree_all_finite(slopes)
+    assert not slopes[0][jnp.array([0, 2, 3])].any()
+    moved = jax.jvp(lambda p, y: loss(p, y, W), (P, Y), (jnp.ones(4), jnp.ones(4)))[1]
+    chex.assert_trees_all_close(moved, (slopes[0] + slopes[1])[1], rtol=1e-6)
+    chex.assert_tree_all_finite(jax.hessian(loss)(P, Y, W))
+
+
+def test_nan_reaches_no_parameter_that_the_function_closes_over():
+    def total(scale):
+        return jl.weighted(lambda p, y: scale * jnp.sqrt(p) + y)(P, Y, W)
+
+    for transformed in (jax.grad(total), jax.jit(jax.grad(total)), jax.jacfwd(total)):
+        assert transformed(3.0) == 4.0
+    np.testing.assert_array_equal(jax.vmap(jax.grad(total))(jnp.arange(2.0)), [4.0, 4.0])
+
+
+def test_options_are_differentiable():
+    huber = jl.weighted(optax.huber_loss)
+    slope = jax.grad(lambda d: huber(P, Y, W, reduction="sum", delta=d))(1.0)
+    assert slope == 2 * (4 - 1)
+
+
+def test_rows_and_class_ids():
+    loss = jl.weighted(optax.losses.softmax_cross_entropy_with_integer_labels)
+    logits = jnp.arange(12.0).reshape(4, 3).at[1].set(jnp.nan)
+    labels, weights = jnp.array([0, 99, 2, -1]), jnp.array([1.0, 0.0, 2.0, 0.0])
+    ours = jax.value_and_grad(jl.sparse_softmax_cross_entropy)(logits, labels, weights)
+    chex.assert_trees_all_close(jax.value_and_grad(loss)(logits, labels, weights), ours)
+
+
+def test_unaligned_losses_are_refused():
+    with pytest.raises(ValueError, match=r"leading part.*\(3,\).*\(4, 3\)"):
+        jl.weighted(lambda p, y: jnp.sum(p, 0))(jnp.ones((4, 3)), jnp.ones((4, 3)))
+
+
+def test_means_add_up_exactly():
+    losses = np.random.default_rng(0).random(10).astype(np.float32)
+    parts = [
+        jl.compute_weighted_loss(losses[a:b], reduction="parts") for a, b in ((0, 3), (3, 10))
+    ]
+    chex.assert_trees_all_close(sum(parts).value, losses.mean(), rtol=1e-6)
+    assert jl.WeightedMean(6.0, 3).value == 2
+    assert jl.WeightedMean(0.0, 0).value == 0
+    with pytest.raises(ValueError, match="WeightedMean"):
+        parts[0].merge(1.0)
+    with pytest.raises(ValueError, match="WeightedMean"):
+        parts[0] + 1.0
+
+    def add(mean, chunk):
+        return mean + jl.compute_weighted_loss(chunk, reduction="parts"), None
+
+    folded, _ = jax.lax.scan(add, jl.WeightedMean(jnp.zeros(()), jnp.zeros(())), losses[:, None])
+    chex.assert_trees_all_close(folded.value, losses.mean(), rtol=1e-6)
+    mapped = jax.vmap(lambda m: m.psum("i"), axis_name="i")(
+        jl.WeightedMean(jnp.arange(3.0), jnp.ones(3))
+    )
+    np.testing.assert_array_equal(mapped.value, np.ones(3))
+
+
+def test_the_numbers_of_the_document():
+    losses, weights = jnp.array([4.0, 1, 2, 3]), jnp.array([1, 0.5, 3, 9])
+    assert jl.compute_weighted_loss(losses, weights) == (4 * 1 + 1 * 0.5 + 2 * 3 + 3 * 9) / 4
+
+
+def test_a_label_is_named_by_debug_check():
+    loss = checkify.checkify(jax.jit(lambda *a: jl.sparse_softmax_cross_entropy(*a)))
+    logits = jnp.zeros((2, 3))
+    error, _ = loss(logits, jnp.array([0, 7]), jnp.ones(2))
+    with pytest.raises(checkify.JaxRuntimeError, match=r"labels must be in \[0, 3\).*got 7"):
+        error.throw()
+    error, _ = loss(logits, jnp.array([0, 7]), jnp.array([1.0, 0.0]))
+    error.throw()
+
+
+def test_sparse_labels():
+    logits = jnp.arange(12.0).reshape(4, 3)
+    expected = jl.sparse_softmax_cross_entropy(logits, jnp.array([0, 1, 2, 0]))
+    for dtype in (jnp.int8, jnp.uint8, jnp.int16, jnp.uint32):
+        labels = jnp.array([[0], [1], [2], [0]], dtype)
+        chex.assert_trees_all_close(jl.sparse_softmax_cross_entropy(logits, labels), expected)
+    wide = jl.sparse_softmax_cross_entropy(jnp.zeros((1, 1000)), jnp.array([100], jnp.int8))
+    chex.assert_trees_all_close(wide, np.float32(np.log(1000)), rtol=1e-6)
+    ignored = jl.sparse_softmax_cross_entropy(
+        logits, jnp.array([0, -100, -100, -100]), ignore_index=-100, reduction="parts"
+    )
+    assert ignored.count == 1
+    with pytest.raises(ValueError, match="ignore_index.*uint8.*-100"):
+        jl.sparse_softmax_cross_entropy(logits, jnp.zeros(4, jnp.uint8), ignore_index=-100)
+    with pytest.raises(ValueError, match="labels must be integers.*float32"):
+        jl.sparse_softmax_cross_entropy(logits, jnp.zeros(4))
+    with pytest.raises(ValueError, match=r"labels.*\(3,\)"):
+        jl.sparse_softmax_cross_entropy(logits, jnp.zeros(3, jnp.int32))
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.01}])
+def test_sparse_is_dense(options):
+    logits = jax.random.normal(jax.random.key(0), (4, 5)) * 3
+    labels = jnp.array([0, 4, 2, 2])
+    dense = jax.value_and_grad(jl.softmax_cross_entropy)(
+        logits, jax.nn.one_hot(labels, 5), **options
+    )
+    sparse = jax.value_and_grad(jl.sparse_softmax_cross_entropy)(logits, labels, **options)
+    chex.assert_trees_all_close(sparse, dense, rtol=1e-5, atol=1e-6)
+
+
+def test_z_loss_is_the_squared_log_normalizer():
+    logits = jnp.array([[1.0, 2.0, 3.0]])
+    plain, more = (jl.sparse_softmax_cross_entropy(logits, jnp.array([1]), z_loss=z) for z in (0, 2))
+    expected = 2 * np.log(np.exp([1.0, 2.0, 3.0]).sum()) ** 2
+    np.testing.assert_allclose(more - plain, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "message"),
+    [
+        (jl.sigmoid_cross_entropy, {"label_smoothing": 1.5}, "label_smoothing.*1.5"),
+        (jl.softmax_cross_entropy, {"label_smoothing": -0.1}, "label_smoothing.*-0.1"),
+        (jl.softmax_cross_entropy, {"z_loss": -1.0}, "z_loss.*-1"),
+        (jl.log_loss, {"epsilon": -1e-7}, "epsilon.*-1e-07"),
+        (jl.cosine_distance, {"axis": 2}, "axis.*rank 2.*2"),
+    ],
+)
+def test_options_are_checked(loss, options, message):
+    with pytest.raises(ValueError, match=message):
+        loss(jnp.ones((2, 3)), jnp.ones((2, 3)), **options)
+
+
+def test_cosine_distance_along_any_axis():
+    p, y = (x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in jnp.ones((2, 2, 3, 4)))
+    losses = jl.cosine_distance(p, y, axis=1, reduction="none")
+    assert losses.shape == (2, 4)
+    chex.assert_trees_all_close(losses, jnp.zeros((2, 4)), atol=1e-6)
