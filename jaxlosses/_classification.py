@@ -9,7 +9,6 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from jaxlosses._kernel import align, as_array, as_floats, reduce_losses
-from jaxlosses._mean import WeightedMean
 from jaxlosses._typing import (
     AxisName,
     ClassIds,
@@ -18,6 +17,7 @@ from jaxlosses._typing import (
     Logits,
     Probabilities,
     Reduction,
+    Result,
     Weights,
     jit,
 )
@@ -32,7 +32,7 @@ def log_loss(
     epsilon: float = 1e-7,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
-) -> Array | WeightedMean:
+) -> Result:
     r"""Binary cross-entropy of probabilities, in nats.
 
     $$l = -y \log(p + \epsilon) - (1 - y) \log(1 - p + \epsilon)$$
@@ -67,7 +67,10 @@ def log_loss(
         raise ValueError(f"epsilon must not be negative, got {epsilon}")
 
     def formula(p: Array, y: Array) -> Array:
-        return -y * jnp.log(p + epsilon) - (1 - y) * jnp.log(1 - p + epsilon)
+        # XLA would add 1 and epsilon first, whose sum has one digit of epsilon left.
+        info = jnp.finfo(p.dtype)
+        complement = jax.lax.reduce_precision(1 - p, info.nexp, info.nmant)
+        return -y * jnp.log(p + epsilon) - (1 - y) * jnp.log(complement + epsilon)
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
@@ -80,7 +83,7 @@ def hinge_loss(
     *,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
-) -> Array | WeightedMean:
+) -> Result:
     r"""Hinge loss of a binary decision; its slope at the kink is 0.
 
     $$l = \max(0,\ 1 - (2y - 1)\, x)$$
@@ -124,7 +127,7 @@ def sigmoid_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
-) -> Array | WeightedMean:
+) -> Result:
     r"""Binary cross-entropy of logits, in nats; each class is decided on its own.
 
     $$l = -y \log \sigma(x) - (1 - y) \log(1 - \sigma(x)), \quad y \leftarrow y (1 - s) + s / 2$$
@@ -175,7 +178,7 @@ def softmax_cross_entropy(
     z_loss: float = 0.0,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
-) -> Array | WeightedMean:
+) -> Result:
     r"""Cross-entropy of class logits against class probabilities, in nats.
 
     $$l = -\sum_c y_c \log \text{softmax}(x)_c + z \left(\log \sum_c e^{x_c}\right)^2,
@@ -236,7 +239,7 @@ def sparse_softmax_cross_entropy(
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
-) -> Array | WeightedMean:
+) -> Result:
     r"""Cross-entropy of class logits against one class each, in nats.
 
     $$l = \log \sum_c e^{x_c} - (1 - s)\, x_y - \frac{s}{C} \sum_c x_c

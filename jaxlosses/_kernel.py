@@ -22,7 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from jaxlosses._mean import WeightedMean, divide
-from jaxlosses._typing import AxisName, Reduction
+from jaxlosses._typing import AxisName, Reduction, Result
 
 Formula = Callable[..., Array]
 
@@ -35,7 +35,7 @@ def reduce_losses(
     reduction: Reduction,
     axis_name: AxisName,
     foreign: bool = False,
-) -> Array | WeightedMean:
+) -> Result:
     """Weigh and reduce the losses ``formula(*inputs)``.
 
     Floating-point inputs reach the formula in the precision of the result; integers (class ids)

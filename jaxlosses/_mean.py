@@ -51,7 +51,9 @@ class WeightedMean:
             ValueError: if ``other`` is not a ``WeightedMean``.
         """
         if not isinstance(other, WeightedMean):
-            raise ValueError(f"other must be a WeightedMean to be merged, got {type(other).__name__}")
+            raise ValueError(
+                f"other must be a WeightedMean to be merged, got {type(other).__name__}"
+            )
         return WeightedMean(jnp.add(self.total, other.total), jnp.add(self.count, other.count))
 
     __add__ = merge

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
 from jaxlosses._kernel import as_floats, check_axis, reduce_losses
-from jaxlosses._mean import WeightedMean
-from jaxlosses._typing import AxisName, Reals, Reduction, SampleReals, UnitVectors, Weights, jit
+from jaxlosses._typing import (
+    AxisName,
+    Reals,
+    Reduction,
+    Result,
+    SampleReals,
+    UnitVectors,
+    Weights,
+    jit,
+)
 
 
 @jit
@@ -18,7 +25,7 @@ def compute_weighted_loss(
     *,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
-) -> Array | WeightedMean:
+) -> Result:
     r"""Weigh and reduce losses that were computed elsewhere.
 
     $$\frac{\sum_i w_i\, l_i}{|\{i : w_i \ne 0\}|}$$
@@ -60,7 +67,7 @@ def absolute_difference(
     *,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
-) -> Array | WeightedMean:
+) -> Result:
     r"""Absolute difference, in the units of the predictions; its slope at 0 is 0.
 
     $$l = |p - y|$$
@@ -104,7 +111,7 @@ def mean_squared_error(
     *,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
-) -> Array | WeightedMean:
+) -> Result:
     r"""Squared error, in the squared units of the predictions.
 
     $$l = (p - y)^2$$
@@ -148,13 +155,13 @@ def mean_pairwise_squared_error(
     *,
     reduction: Reduction = "sum",
     axis_name: AxisName = None,
-) -> Array | WeightedMean:
+) -> Result:
     r"""Squared error of the differences between pairs of elements of one sample.
 
     A constant offset of a sample costs nothing: this is the loss of shape, in the squared units
     of the predictions. The mean over all $n^2$ pairs is twice the variance of $d = p - y$:
 
-    $$l_b = \frac{1}{n^2} \sum_{i,j} (d_{bi} - d_{bj})^2 = \frac{2}{n} \sum_i (d_{bi} - \bar d_b)^2$$
+    $$l = \frac{1}{n^2} \sum_{i,j} (d_i - d_j)^2 = \frac{2}{n} \sum_i (d_i - \bar d)^2$$
 
     The samples' losses are summed by default, as in TensorFlow.
 
@@ -205,7 +212,7 @@ def cosine_distance(
     axis: int = -1,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
-) -> Array | WeightedMean:
+) -> Result:
     r"""Cosine distance of unit vectors, between 0 and 2.
 
     $$l = 1 - \sum_{axis} p\, y$$

@@ -1,11 +1,11 @@
-"""What the arguments of a loss hold, in a form that tests can read, and a ``jit`` that types see."""
+"""What the arguments of a loss hold, for readers and tests; a ``jit`` that type checkers see."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 from collections.abc import Callable, Hashable
-from typing import Annotated, Literal, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 import jax
 from jax.typing import ArrayLike
@@ -15,6 +15,9 @@ R = TypeVar("R")
 
 Reduction: TypeAlias = Literal["mean", "average", "sum", "none", "parts"]
 AxisName: TypeAlias = Hashable | tuple[Hashable, ...] | None
+# An Array, or a WeightedMean where the reduction is "parts": no signature can say it through jit,
+# and a union would burden every caller.
+Result: TypeAlias = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +45,7 @@ Weights: TypeAlias = Annotated[ArrayLike, Holds("weight")]
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
-    """``jax.jit`` with every keyword-only argument static and the signature kept for type checkers."""
+    """``jax.jit`` with keyword-only arguments static and the signature kept for type checkers."""
     parameters = inspect.signature(function).parameters.values()
     options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     return cast(Callable[P, R], jax.jit(function, static_argnames=options))

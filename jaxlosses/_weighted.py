@@ -6,15 +6,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax import Array
 
 from jaxlosses._kernel import as_array, reduce_losses
-from jaxlosses._mean import WeightedMean
-from jaxlosses._typing import AxisName, Reals, Reduction, Weights
+from jaxlosses._typing import AxisName, Reals, Reduction, Result, Weights
 
 
-def weighted(loss_fn: Callable[..., Array]) -> Callable[..., Array | WeightedMean]:
+def weighted(loss_fn: Callable[..., Array]) -> Callable[..., Result]:
     r"""Give a per-example loss function weights, reductions and the rules of this package.
 
     $$\text{weighted}(f)(p, y, w) = \frac{\sum_i w_i\, f(p, y)_i}{|\{i : w_i \ne 0\}|}$$
@@ -58,7 +56,7 @@ def weighted(loss_fn: Callable[..., Array]) -> Callable[..., Array | WeightedMea
         reduction: Reduction = "mean",
         axis_name: AxisName = None,
         **options: Any,
-    ) -> Array | WeightedMean:
+    ) -> Result:
         inputs = [as_array("predictions", predictions), as_array("labels", labels)]
         return reduce_losses(
             functools.partial(loss_fn, **options),

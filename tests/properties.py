@@ -140,7 +140,7 @@ def reductions_agree(case: Case) -> None:
 def weights_align_from_the_left(case: Case) -> None:
     values, full = case.draw(), case.losses_shape
     ones = tuple(1 for _ in full)
-    legal = [full[:1], full[:1] + ones[1:], ones, (*full, 1), full[:1] + (1,)]
+    legal = [full[:1], full[:1] + ones[1:], ones, (*full, 1), (*full[:1], 1)]
     legal += [ones[:1] + full[1:], ones[:1]]
     for shape in legal:
         weights = jnp.arange(int(np.prod(shape)), dtype=jnp.float32).reshape(shape)
@@ -248,7 +248,7 @@ def shapes_must_match(case: Case) -> None:
             assert first in message
             assert second in message
     for weights in (
-        np.ones(full[:-1] + (full[-1] + 1,)),
+        np.ones((*full[:-1], full[-1] + 1)),
         np.ones((2, *full)),
         np.ones((*full, 2)),
         np.ones(7),

@@ -65,9 +65,7 @@ def test_unaligned_losses_are_refused():
 
 def test_means_add_up_exactly():
     losses = np.random.default_rng(0).random(10).astype(np.float32)
-    parts = [
-        jl.compute_weighted_loss(losses[a:b], reduction="parts") for a, b in ((0, 3), (3, 10))
-    ]
+    parts = [jl.compute_weighted_loss(losses[a:b], reduction="parts") for a, b in ((0, 3), (3, 10))]
     chex.assert_trees_all_close(sum(parts).value, losses.mean(), rtol=1e-6)
     assert jl.WeightedMean(6.0, 3).value == 2
     assert jl.WeightedMean(0.0, 0).value == 0
@@ -114,9 +112,9 @@ def test_sparse_labels():
         logits, jnp.array([0, -100, -100, -100]), ignore_index=-100, reduction="parts"
     )
     assert ignored.count == 1
-    with pytest.raises(ValueError, match="ignore_index.*uint8.*-100"):
+    with pytest.raises(ValueError, match=r"ignore_index.*uint8.*-100"):
         jl.sparse_softmax_cross_entropy(logits, jnp.zeros(4, jnp.uint8), ignore_index=-100)
-    with pytest.raises(ValueError, match="labels must be integers.*float32"):
+    with pytest.raises(ValueError, match=r"labels must be integers.*float32"):
         jl.sparse_softmax_cross_entropy(logits, jnp.zeros(4))
     with pytest.raises(ValueError, match=r"labels.*\(3,\)"):
         jl.sparse_softmax_cross_entropy(logits, jnp.zeros(3, jnp.int32))
@@ -135,7 +133,9 @@ def test_sparse_is_dense(options):
 
 def test_z_loss_is_the_squared_log_normalizer():
     logits = jnp.array([[1.0, 2.0, 3.0]])
-    plain, more = (jl.sparse_softmax_cross_entropy(logits, jnp.array([1]), z_loss=z) for z in (0, 2))
+    plain, more = (
+        jl.sparse_softmax_cross_entropy(logits, jnp.array([1]), z_loss=z) for z in (0, 2)
+    )
     expected = 2 * np.log(np.exp([1.0, 2.0, 3.0]).sum()) ** 2
     np.testing.assert_allclose(more - plain, expected, rtol=1e-5)
 
