@@ -53,10 +53,14 @@ def ours(case, names):
     """Value and gradients with respect to some inputs, from jaxlosses."""
     inputs = {name: jnp.asarray(as_jax(x)) for name, x in case["inputs"].items()}
 
-    def loss(chosen):
-        return getattr(jl, case["function"])(**{**inputs, **chosen}, **case["options"])
+    @jax.jit
+    def value_and_gradients(inputs):
+        def loss(chosen):
+            return getattr(jl, case["function"])(**{**inputs, **chosen}, **case["options"])
 
-    value, gradients = jax.value_and_grad(loss)({name: inputs[name] for name in names})
+        return jax.value_and_grad(loss)({name: inputs[name] for name in names})
+
+    value, gradients = value_and_gradients(inputs)
     return {"value": np.asarray(value), **{k: np.asarray(v) for k, v in gradients.items()}}
 
 
@@ -101,7 +105,7 @@ def right(case, names):
     inputs = {name: x.astype(np.float64) for name, x in case["inputs"].items()}
     given = inputs["weights"]
 
-    def total_and_shape(inputs):
+    def reduced(inputs):
         *arrays, w = inputs.values()
         losses = element_losses(case["function"], arrays, case["options"])
         if w.ndim > losses.ndim:
@@ -119,11 +123,11 @@ def right(case, names):
         for sign in (1, -1):
             moved = inputs[name].copy()
             moved[place] += sign * step
-            ends.append(total_and_shape({**inputs, name: moved}))
+            ends.append(reduced({**inputs, name: moved}))
         return (ends[0] - ends[1]) / (2 * step)
 
     with np.errstate(all="ignore"):
-        found = {"value": np.asarray(total_and_shape(inputs))}
+        found = {"value": np.asarray(reduced(inputs))}
         for name in names:
             slopes = [derivative(name, place) for place in np.ndindex(inputs[name].shape)]
             found[name] = np.reshape(slopes, inputs[name].shape)
@@ -147,11 +151,20 @@ def test_same_as_tensorflow(case):
 def test_differs_from_tensorflow_on_purpose(case):
     names = [name for name, x in case["inputs"].items() if x.dtype == np.float32]
     names = [name for name in names if name != "labels"]
+    if case["note"] == "graph optimizer":
+        # At the edge of the domain, no room for central differences; p=1 above has the gradients.
+        names = []
     expected = right(case, names)
     # The central differences are good to about eight digits of the value.
     close(ours(case, names), expected, **ROUNDING)
+    kept = case["outputs"].keys() & expected.keys()
     with pytest.raises(AssertionError):
-        close(case["outputs"], {k: expected[k] for k in case["outputs"]}, rtol=1e-3, atol=1e-3)
+        close(
+            {k: case["outputs"][k] for k in kept},
+            {k: expected[k] for k in kept},
+            rtol=1e-3,
+            atol=1e-3,
+        )
 
 
 def test_the_definition_is_what_tensorflow_computes():
@@ -167,4 +180,4 @@ def test_the_recording_covers_every_loss():
     assert len(set(NAMES)) == len(CASES)
     for cases in (SAME, DIFFERENT):
         assert {p.values[0]["function"] for p in cases} == losses - NOT_IN_TENSORFLOW
-    assert {x.ndim for c in CASES for x in c["inputs"].values()} == {0, 1, 2, 3, 4}
+    assert {next(iter(c["inputs"].values())).ndim for c in CASES} == {1, 2, 3, 4}
