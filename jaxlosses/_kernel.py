@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
@@ -25,6 +26,9 @@ from jaxlosses._mean import WeightedMean, divide
 from jaxlosses._typing import AxisName, Reduction, Result
 
 Formula = Callable[..., Array]
+
+# Not ArrayLike, of which tracers are no instances in every JAX.
+_ARRAYS = (Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
 def reduce_losses(
@@ -109,7 +113,7 @@ def align(weights: ArrayLike, shape: tuple[int, ...]) -> Array:
 
 def as_array(name: str, value: Any) -> Array:
     """``value`` as a real array; ``ValueError`` naming the argument if it is none."""
-    if not isinstance(value, ArrayLike):
+    if not isinstance(value, _ARRAYS):
         raise ValueError(f"{name} must be an array or a number, got {type(value).__name__}")
     array = jnp.asarray(value)
     if jnp.issubdtype(array.dtype, jnp.complexfloating) or not _is_number(array):
@@ -227,7 +231,7 @@ def _count(weights: Array, shape: tuple[int, ...]) -> Array:
 
 def _precision(*arrays: ArrayLike) -> Any:
     """float64 where an argument asks for it, float32 elsewhere."""
-    doubles = (jnp.asarray(a) for a in arrays if isinstance(a, ArrayLike))
+    doubles = (jnp.asarray(a) for a in arrays if isinstance(a, _ARRAYS))
     if any(a.dtype == jnp.float64 and not a.weak_type for a in doubles):
         return jnp.float64
     return jnp.float32
