@@ -39,10 +39,13 @@ from jaxlosses._classification import log_loss as log_loss
 from jaxlosses._classification import sigmoid_cross_entropy as sigmoid_cross_entropy
 from jaxlosses._classification import softmax_cross_entropy as softmax_cross_entropy
 from jaxlosses._classification import sparse_softmax_cross_entropy as sparse_softmax_cross_entropy
+from jaxlosses._collector import LossCollector as LossCollector
 from jaxlosses._mean import WeightedMean as WeightedMean
 from jaxlosses._regression import absolute_difference as absolute_difference
 from jaxlosses._regression import compute_weighted_loss as compute_weighted_loss
 from jaxlosses._regression import cosine_distance as cosine_distance
 from jaxlosses._regression import mean_pairwise_squared_error as mean_pairwise_squared_error
 from jaxlosses._regression import mean_squared_error as mean_squared_error
+from jaxlosses._regularization import l1_regularizer as l1_regularizer
+from jaxlosses._regularization import l2_regularizer as l2_regularizer
 from jaxlosses._weighted import weighted as weighted

@@ -73,7 +73,12 @@ class WeightedMean:
 
 def divide(total: ArrayLike, count: ArrayLike) -> Array:
     """``total / count`` in the total's precision, 0 (and no derivative) where the count is 0."""
-    total = jnp.asarray(total)
-    total = total.astype(jnp.float64 if total.dtype == jnp.float64 else jnp.float32)
+    total = widen(total)
     count = jnp.asarray(count).astype(total.dtype)
     return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
+
+
+def widen(x: ArrayLike) -> Array:
+    """``x`` in a precision in which means add up: float64 as it is, all else as float32."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)

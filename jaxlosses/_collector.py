@@ -1,0 +1,272 @@
+"""Named losses that travel as a value, where TensorFlow had a global collection."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from jaxlosses._kernel import as_floats, reduce_losses
+from jaxlosses._mean import WeightedMean, widen
+from jaxlosses._regularization import Regularizer, as_pattern, matching_parameters
+
+TOTAL = "total_loss"  # What a logger calls the sum; no loss can have this name.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class LossCollector:
+    """Losses by name, each kept as an undivided mean.
+
+    Immutable: every method returns a new collector. A pytree, whose names are structure and whose
+    leaves are the totals and counts: it passes through ``jit``, ``grad``, ``scan``, ``cond`` and
+    ``vmap``, and into checkpoints. Adding collectors (of microbatches, of batches, of a loop over
+    a dataset) pools every mean exactly; ``sum(collectors)`` works, and
+    ``jax.tree.map(jnp.zeros_like, losses)`` is where a ``scan`` starts.
+
+    A value is a scalar, an array of losses, all of which count, or a ``WeightedMean``. Only the
+    last has a count of its own: a scalar counts 1, so that the sum of collectors holds its mean. A
+    ``WeightedMean`` may have axes (the layers of a ``scan``): each element is a loss of its own,
+    and a total sums them.
+
+    Attributes:
+        losses: The undivided means by name, in alphabetical order.
+        regularization_losses: Those of the parameters.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> logits, labels = jnp.zeros((3, 2)), jnp.array([0, 1, -1])
+        >>> xent = jl.sparse_softmax_cross_entropy(logits, labels, labels >= 0, reduction="parts")
+        >>> losses = jl.LossCollector().add_loss("xent", xent)
+        >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+        >>> losses = losses.regularize(params, {"kernel$": jl.l2_regularizer(0.01)})
+        >>> print(losses)
+        loss             value  count
+        xent            0.6931      2
+        regularization
+        kernel$           0.02      1
+        total           0.7131
+    """
+
+    losses: Mapping[str, WeightedMean] = dataclasses.field(default_factory=dict)
+    regularization_losses: Mapping[str, WeightedMean] = dataclasses.field(default_factory=dict)
+
+    def add_loss(self, name: str, value: ArrayLike | WeightedMean) -> LossCollector:
+        """This collector with one more loss.
+
+        Args:
+            name: Its name, in scopes separated by ``/``.
+            value: A scalar, an array of losses, all of which count, or a ``WeightedMean``.
+
+        Raises:
+            ValueError: if the name is taken, empty or ``"total_loss"``, or the value is no real
+                array.
+
+        References:
+            ``tf.contrib.losses.add_loss``, TensorFlow 1.15.
+
+        Example:
+            >>> import jaxlosses as jl
+            >>> print(jl.LossCollector().add_loss("aux", 2.0).get_total_loss())
+            2.0
+        """
+        losses = self._with(self.losses, name, value)
+        return dataclasses.replace(self, losses=losses)
+
+    def add_regularization_loss(self, name: str, value: ArrayLike | WeightedMean) -> LossCollector:
+        """This collector with one more loss of the parameters; as :meth:`add_loss`."""
+        losses = self._with(self.regularization_losses, name, value)
+        return dataclasses.replace(self, regularization_losses=losses)
+
+    def regularize(self, params: Any, regularizers: Mapping[str, Regularizer]) -> LossCollector:
+        """This collector with a regularization loss for each pattern, under the pattern's name.
+
+        Args:
+            params: Any pytree of parameters (of linen, of nnx, of your own).
+            regularizers: For each regular expression, searched for in the "/"-joined path of every
+                floating-point parameter (``encoder/dense/kernel``), the function whose values for
+                the parameters found are summed. A parameter that two patterns find counts in both.
+
+        Raises:
+            ValueError: if a pattern is no regular expression, finds nothing or is a name already
+                taken, or a regularizer returns no scalar.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import jaxlosses as jl
+            >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+            >>> losses = jl.LossCollector().regularize(params, {"dense/": jl.l1_regularizer(1.0)})
+            >>> print(losses.get_total_loss())
+            6.0
+        """
+        collector = self
+        for pattern, regularizer in regularizers.items():
+            values = [regularizer(leaf) for leaf in matching_parameters(params, pattern)]
+            for value in values:
+                if jnp.shape(value):
+                    raise ValueError(
+                        f"the regularizer of {pattern!r} must return a scalar, "
+                        f"got shape {jnp.shape(value)}"
+                    )
+            collector = collector.add_regularization_loss(pattern, sum(values))
+        return collector
+
+    def get_losses(self, scope: str | None = None) -> dict[str, Array]:
+        """The value of each loss by name, without the regularization.
+
+        Args:
+            scope: Keep the names that start with a match of this regular expression.
+
+        Raises:
+            ValueError: if ``scope`` is no regular expression.
+
+        References:
+            ``tf.contrib.losses.get_losses``, TensorFlow 1.15.
+        """
+        return _values(self.losses, scope)
+
+    def get_regularization_losses(self, scope: str | None = None) -> dict[str, Array]:
+        """The value of each regularization loss by name; as :meth:`get_losses`."""
+        return _values(self.regularization_losses, scope)
+
+    def get_total_loss(self, add_regularization_losses: bool = True) -> Array:
+        """The sum of the values of all losses, float32 at least; 0 where there is none.
+
+        Args:
+            add_regularization_losses: Whether the regularization is part of it.
+
+        References:
+            ``tf.contrib.losses.get_total_loss``, TensorFlow 1.15.
+        """
+        values = list(self.get_losses().values())
+        if add_regularization_losses:
+            values += self.get_regularization_losses().values()
+        dtype = max((v.dtype for v in values), key=lambda d: d.itemsize, default=jnp.float32)
+        return sum((jnp.sum(v.astype(dtype)) for v in values), jnp.zeros((), dtype))
+
+    def merge(self, other: LossCollector) -> LossCollector:
+        """The means over what both have counted; ``losses + other`` is the same.
+
+        Raises:
+            ValueError: if ``other`` is no ``LossCollector`` of the same names, saying which differ.
+        """
+        if not isinstance(other, LossCollector):
+            raise ValueError(f"other must be a LossCollector, got {type(other).__name__}")
+        merged = {}
+        for field in ("losses", "regularization_losses"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine.keys() != theirs.keys():
+                raise ValueError(
+                    f"only collectors of the same {field} can be merged; "
+                    f"only the first has {sorted(mine.keys() - theirs.keys())}, "
+                    f"only the second has {sorted(theirs.keys() - mine.keys())}"
+                )
+            merged[field] = {name: mean + theirs[name] for name, mean in mine.items()}
+        return LossCollector(**merged)
+
+    __add__ = merge
+
+    def __radd__(self, other: object) -> LossCollector:
+        # The start of the built-in sum().
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def psum(self, axis_name: Hashable) -> LossCollector:
+        """The means over all members of a mapped axis (or axes), in one collective."""
+        return jax.lax.psum(self, axis_name)
+
+    def to_dict(self) -> dict[str, Array]:
+        """Every value, and their sum as ``"total_loss"``, for loggers: all are scalars.
+
+        The elements of a loss with axes are ``name/0``, ``name/1``, ...
+
+        Example:
+            >>> import jaxlosses as jl
+            >>> {k: float(v) for k, v in jl.LossCollector().add_loss("aux", 2.0).to_dict().items()}
+            {'aux': 2.0, 'total_loss': 2.0}
+        """
+        rows = (*_rows(self.losses, "/{}"), *_rows(self.regularization_losses, "/{}"))
+        return {name: value for name, value, _ in rows} | {TOTAL: self.get_total_loss()}
+
+    def __str__(self) -> str:
+        """A table of current values: name, value, and how many losses counted."""
+        if not _is_concrete(self):
+            return repr(self)
+        lines = [("loss", "value", "count")]
+        lines += [_line(*row) for row in _rows(self.losses, "[{}]")]
+        if self.regularization_losses:
+            lines += [("regularization", "", "")]
+            lines += [_line(*row) for row in _rows(self.regularization_losses, "[{}]")]
+        lines += [("total", f"{float(self.get_total_loss()):.4g}", "")]
+        name, value, count = (max(map(len, column)) for column in zip(*lines, strict=True))
+        return "\n".join(f"{n:{name}}  {v:>{value}}  {c:>{count}}".rstrip() for n, v, c in lines)
+
+    def __repr__(self) -> str:
+        """The names with their values, or with dtype and shape while they are traced."""
+        parts = [
+            f"{field}={{{', '.join(f'{n}: {_show(m)}' for n, m in getattr(self, field).items())}}}"
+            for field in ("losses", "regularization_losses")
+            if getattr(self, field)
+        ]
+        return f"LossCollector({', '.join(parts)})"
+
+    def _with(
+        self, means: Mapping[str, WeightedMean], name: str, value: ArrayLike | WeightedMean
+    ) -> dict[str, WeightedMean]:
+        if not isinstance(name, str) or name in ("", TOTAL):
+            raise ValueError(f"name must be a non-empty string other than {TOTAL!r}, got {name!r}")
+        if name in self.losses or name in self.regularization_losses:
+            raise ValueError(f"name {name!r} is taken; every loss needs a name of its own")
+        # Sorted as jit returns them, so that the structure does not depend on where it came from.
+        return dict(sorted({**means, name: as_mean(name, value)}.items()))
+
+
+def as_mean(name: str, value: ArrayLike | WeightedMean) -> WeightedMean:
+    """A loss as an undivided mean: an array of losses all count, a scalar counts 1.
+
+    Raises:
+        ValueError: naming the loss, if the value is no real array or its count has another shape.
+    """
+    if not isinstance(value, WeightedMean):
+        losses = as_floats(**{name: value})
+        return reduce_losses(lambda x: x, losses, 1.0, reduction="parts", axis_name=None)
+    parts = as_floats(**{f"{name}.total": value.total, f"{name}.count": value.count})
+    return WeightedMean(*map(widen, parts))
+
+
+def _values(means: Mapping[str, WeightedMean], scope: str | None) -> dict[str, Array]:
+    match = as_pattern("scope", scope or "").match
+    return {name: mean.value for name, mean in means.items() if match(name)}
+
+
+def _rows(means: Mapping[str, WeightedMean], index: str) -> Iterator[tuple[str, Array, Array]]:
+    """Name, value and count of every element; ``index`` formats the place of one of several."""
+    for name, mean in means.items():
+        value, count = jnp.ravel(mean.value), jnp.ravel(mean.count)
+        for i in range(value.size):
+            yield name + index.format(i) * (mean.value.ndim > 0), value[i], count[i]
+
+
+def _line(name: str, value: Array, count: Array) -> tuple[str, str, str]:
+    return name, f"{float(value):.4g}", f"{float(count):,.0f}"
+
+
+def _is_concrete(tree: Any) -> bool:
+    """Whether all leaves are arrays with values, not traced, nor what tree functions put there."""
+    leaves = jax.tree.leaves(tree)
+    return all(isinstance(x, Array | np.ndarray) and not isinstance(x, Tracer) for x in leaves)
+
+
+def _show(mean: WeightedMean) -> str:
+    if _is_concrete(mean):
+        shown = ", ".join(f"{float(value):.4g}" for value in jnp.ravel(mean.value))
+        return f"[{shown}]" if mean.value.ndim else shown
+    leaf: Any = mean.total
+    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)

@@ -1,0 +1,289 @@
+"""LossCollector and the regularizers."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+import jaxlosses as jl
+
+PARAMS = {
+    "encoder": {"dense": {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([3.0])}},
+    "head": {"kernel": jnp.array([[-4.0]])},
+    "steps": jnp.array(7),
+}
+
+
+def collector(x=2.0):
+    """Every kind of entry: a scalar, an array of losses, undivided means with and without axes."""
+    x = jnp.asarray(x)
+    masked = jl.compute_weighted_loss(x * jnp.arange(4.0), jnp.arange(4) > 1, reduction="parts")
+    layers = jl.WeightedMean(x * jnp.array([2.0, 6.0]), jnp.array([1.0, 2.0]))
+    losses = jl.LossCollector().add_loss("scalar", x).add_loss("losses", x * jnp.array([1.0, 3.0]))
+    losses = losses.add_loss("encoder/masked", masked).add_loss("encoder/layers", layers)
+    return losses.add_regularization_loss("l2", x / 4)
+
+
+EXPECTED = {
+    "scalar": 2.0,
+    "losses": 4.0,
+    "encoder/masked": 5.0,
+    "encoder/layers": np.array([4.0, 6.0]),
+}
+
+
+def test_names_and_values():
+    losses = collector()
+    chex.assert_trees_all_close(losses.get_losses(), EXPECTED)
+    chex.assert_trees_all_close(losses.get_regularization_losses(), {"l2": 0.5})
+    assert losses.get_total_loss() == 2 + 4 + 5 + (4 + 6) + 0.5
+    assert losses.get_total_loss(add_regularization_losses=False) == 21
+    assert collector().losses["losses"].count == 2
+    assert collector().losses["scalar"].count == 1
+
+
+def test_scope_is_a_regular_expression_that_matches_the_start():
+    losses = collector()
+    assert set(losses.get_losses("encoder")) == {"encoder/masked", "encoder/layers"}
+    assert set(losses.get_losses("enc.*layers")) == {"encoder/layers"}
+    assert losses.get_losses("masked") == {}
+    assert losses.get_regularization_losses("l1") == {}
+    with pytest.raises(ValueError, match=r"scope.*'\('"):
+        losses.get_losses("(")
+
+
+def test_empty_totals_zero():
+    empty = jl.LossCollector()
+    assert empty.get_total_loss() == 0
+    assert empty.get_total_loss().dtype == jnp.float32
+    assert empty.get_losses() == {}
+    assert repr(empty) == "LossCollector()"
+    assert str(empty).split() == ["loss", "value", "count", "total", "0"]
+
+
+def test_adding_leaves_the_old_one_alone():
+    first = jl.LossCollector().add_loss("a", 1.0)
+    first.add_loss("b", 2.0)
+    assert list(first.get_losses()) == ["a"]
+    with pytest.raises(AttributeError):
+        first.losses = {}
+
+
+@pytest.mark.parametrize("name", ["", "total_loss", None, 3])
+def test_bad_names(name):
+    with pytest.raises(ValueError, match="name must be"):
+        jl.LossCollector().add_loss(name, 1.0)
+
+
+def test_a_name_twice_is_refused():
+    losses = jl.LossCollector().add_loss("a", 1.0)
+    for add in (losses.add_loss, losses.add_regularization_loss):
+        with pytest.raises(ValueError, match="'a' is taken"):
+            add("a", 2.0)
+
+
+@pytest.mark.parametrize("value", [None, "1", [1.0], jnp.ones(2, jnp.complex64)])
+def test_bad_values(value):
+    with pytest.raises(ValueError, match="aux"):
+        jl.LossCollector().add_loss("aux", value)
+
+
+def test_a_count_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"aux.total.*\(2,\).*aux.count.*\(\)"):
+        jl.LossCollector().add_loss("aux", jl.WeightedMean(jnp.ones(2), 1.0))
+
+
+def test_low_precision_is_widened():
+    mean = jl.WeightedMean(jnp.bfloat16(3), jnp.bfloat16(1))
+    losses = jl.LossCollector().add_loss("mean", mean).add_loss("scalar", jnp.bfloat16(1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(losses)} == {jnp.dtype("float32")}
+    # A count in bfloat16 would stop at 256.
+    assert sum(losses for _ in range(1000)).losses["mean"].count == 1000
+
+
+def test_merging_pools_every_mean():
+    whole = np.arange(10.0, dtype=np.float32)
+    batches = [
+        jl.LossCollector()
+        .add_loss("xent", jl.compute_weighted_loss(whole[a:b], reduction="parts"))
+        .add_loss("array", whole[a:b])
+        .add_regularization_loss("l2", 0.25)
+        for a, b in ((0, 4), (4, 8), (8, 10))
+    ]
+    for merged in (batches[0].merge(batches[1]) + batches[2], sum(batches)):
+        np.testing.assert_allclose(merged.get_losses()["xent"], whole.mean())
+        np.testing.assert_allclose(merged.get_losses()["array"], whole.mean())
+        assert merged.get_regularization_losses()["l2"] == 0.25
+
+
+def test_merging_other_names_is_refused():
+    a, b = jl.LossCollector().add_loss("a", 1.0), jl.LossCollector().add_loss("b", 1.0)
+    with pytest.raises(ValueError, match=r"first has \['a'\].*second has \['b'\]"):
+        a.merge(b)
+    with pytest.raises(ValueError, match=r"regularization_losses.*second has \['l2'\]"):
+        a + a.add_regularization_loss("l2", 1.0)
+    for other in (None, 1.0, 1):
+        with pytest.raises(ValueError, match="LossCollector"):
+            a + other
+
+
+def test_names_are_structure_in_every_transformation():
+    traced = jax.jit(chex.assert_max_traces(collector, n=1))
+    chex.assert_trees_all_equal(traced(2.0), collector(2.0))
+    chex.assert_trees_all_close(traced(3.0), collector(3.0))
+    mapped = jax.vmap(lambda x: collector(x).get_total_loss())(jnp.array([2.0, 4.0]))
+    np.testing.assert_allclose(mapped, [21.5, 43.0])
+    either = jax.lax.cond(True, collector, lambda x: collector(2 * x), 2.0)
+    chex.assert_trees_all_equal(either, collector())
+    slope = jax.grad(jax.checkpoint(lambda x: collector(x).get_total_loss()))(2.0)
+    assert slope == 21.5 / 2
+    doubled = jax.tree.map(lambda x: 2 * x, collector())
+    chex.assert_trees_all_close(doubled.get_losses(), EXPECTED)
+
+    def add(total, x):
+        return total + collector(x), None
+
+    start = jax.tree.map(jnp.zeros_like, collector())
+    folded, _ = jax.lax.scan(add, start, jnp.array([1.0, 3.0]))
+    chex.assert_trees_all_close(folded.get_losses(), EXPECTED)
+    # The order in which losses were added is not structure.
+    a = jl.LossCollector().add_loss("a", 1.0).add_loss("b", 2.0)
+    b = jl.LossCollector().add_loss("b", 2.0).add_loss("a", 1.0)
+    chex.assert_trees_all_equal(a, b)
+    assert list(jax.jit(lambda: b)().losses) == list(b.losses)
+
+
+def test_psum_is_one_collective_of_exact_means():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def local(losses, mask):
+        found = jl.LossCollector().add_loss(
+            "xent", jl.compute_weighted_loss(losses, mask, reduction="parts")
+        )
+        found = found.add_regularization_loss("l2", 0.5)
+        return found.psum("data")
+
+    spec = PartitionSpec("data")
+    losses, mask = jnp.arange(8.0), jnp.arange(8) > 2
+    mapped = jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=(spec, spec), out_specs=PartitionSpec())
+    )
+    found = mapped(losses, mask)
+    assert found.get_losses()["xent"] == losses[3:].mean()
+    assert found.get_regularization_losses()["l2"] == 0.5
+    compiled = mapped.lower(losses, mask).compile().as_text()
+    assert compiled.count(" all-reduce(") == 1
+
+
+def test_table():
+    assert str(collector()).split("\n") == [
+        "loss               value  count",
+        "encoder/layers[0]      4      1",
+        "encoder/layers[1]      6      2",
+        "encoder/masked         5      2",
+        "losses                 4      2",
+        "scalar                 2      1",
+        "regularization",
+        "l2                   0.5      1",
+        "total               21.5",
+    ]
+
+
+def test_repr_says_what_it_can():
+    assert repr(collector()) == (
+        "LossCollector(losses={encoder/layers: [4, 6], encoder/masked: 5, losses: 4, scalar: 2}, "
+        "regularization_losses={l2: 0.5})"
+    )
+    seen = []
+    jax.eval_shape(lambda: (losses := collector(), seen.extend([repr(losses), str(losses)]))[0])
+    assert seen[0] == seen[1]
+    assert "scalar: 2" in seen[0] or "scalar: float32[]" in seen[0]
+    jax.jit(lambda x: seen.append(str(collector(x))))(2.0)
+    assert "encoder/layers: float32[2]" in seen[-1]
+    assert "scalar: object" in repr(jax.tree.map(lambda _: "object", collector())).replace("'", "")
+
+
+def test_flat_view_for_loggers():
+    flat = collector().to_dict()
+    assert {name: float(value) for name, value in flat.items()} == {
+        "encoder/layers/0": 4,
+        "encoder/layers/1": 6,
+        "encoder/masked": 5,
+        "losses": 4,
+        "scalar": 2,
+        "l2": 0.5,
+        "total_loss": 21.5,
+    }
+    assert all(value.shape == () for value in jax.jit(collector().to_dict)().values())
+
+
+def test_checkpoints(tmp_path):
+    losses = collector()
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "losses", losses)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "losses", jax.tree.map(jnp.zeros_like, losses))
+    assert isinstance(restored, jl.LossCollector)
+    chex.assert_trees_all_equal(restored, losses)
+
+
+def test_regularizers_are_tensorflows():
+    w = jnp.array([[1.0, -2.0], [0.0, 3.0]])
+    assert jl.l1_regularizer(0.5)(w) == 3
+    assert jl.l2_regularizer(0.5)(w) == 3.5
+    np.testing.assert_array_equal(jax.grad(jl.l1_regularizer(0.5))(w), 0.5 * jnp.sign(w))
+    np.testing.assert_array_equal(jax.grad(jl.l2_regularizer(0.5))(w), 0.5 * w)
+    for regularizer in (jl.l1_regularizer, jl.l2_regularizer):
+        assert regularizer(1.0)(w.astype(jnp.bfloat16)).dtype == jnp.float32
+        with pytest.raises(ValueError, match=r"scale.*-1"):
+            regularizer(-1.0)
+        assert jax.jit(lambda s, r=regularizer: r(s)(w))(2.0) == regularizer(2.0)(w)
+
+
+def test_patterns_search_the_path():
+    patterns = {
+        "kernel$": jl.l1_regularizer(1.0),
+        "encoder/dense": jl.l2_regularizer(2.0),
+        "^head": jl.l2_regularizer(1.0),
+    }
+    losses = jl.LossCollector().regularize(PARAMS, patterns)
+    # The kernel of the encoder is found twice.
+    expected = {"kernel$": 7.0, "encoder/dense": 14.0, "^head": 8.0}
+    chex.assert_trees_all_close(losses.get_regularization_losses(), expected)
+    assert losses.get_losses() == {}
+
+
+def test_patterns_that_cannot_be_meant():
+    empty = jl.LossCollector()
+    with pytest.raises(ValueError, match=r"'kernels' matches no parameter.*encoder/dense/kernel"):
+        empty.regularize(PARAMS, {"kernels": jl.l2_regularizer(1.0)})
+    with pytest.raises(ValueError, match="'steps' matches no parameter"):
+        empty.regularize(PARAMS, {"steps": jl.l2_regularizer(1.0)})
+    with pytest.raises(ValueError, match=r"pattern.*regular expression.*'\['"):
+        empty.regularize(PARAMS, {"[": jl.l2_regularizer(1.0)})
+    with pytest.raises(ValueError, match=r"'head' must return a scalar.*\(1, 1\)"):
+        empty.regularize(PARAMS, {"head": jnp.abs})
+
+
+def test_patterns_know_the_paths_of_flax():
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            kernel = nn.with_partitioning(nn.initializers.ones, (None, "model"))
+            return nn.Dense(2, kernel_init=kernel, name="dense")(x)
+
+    class Nnx(nnx.Module):
+        def __init__(self):
+            ones = nnx.initializers.ones
+            self.dense = nnx.Linear(3, 2, kernel_init=ones, rngs=nnx.Rngs(0))
+
+    variables = Linen().init(jax.random.key(0), jnp.ones((1, 3)))
+    model = Nnx()
+    for params in (variables["params"], nnx.state(model, nnx.Param), nnx.state(model), model):
+        losses = jl.LossCollector().regularize(params, {"^dense/kernel$": jl.l1_regularizer(1.0)})
+        assert losses.get_total_loss() == 6

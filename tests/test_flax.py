@@ -1,0 +1,467 @@
+"""Losses sown in linen and nnx: every way in which Flax's own sow loses or doubles one."""
+
+import warnings
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxlosses as jl
+import jaxlosses.flax as jlf
+
+X = jnp.array([[1.0, 2.0, 3.0], [0.0, 0.0, 4.0]])
+COLLECTIONS = ["losses", "regularization_losses"]
+
+
+class Block(nn.Module):
+    """A layer that sows one of each: an array of losses, an undivided mean, a regularization."""
+
+    width: int = 3
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.ones, (x.shape[-1], self.width))
+        x = x @ kernel / 3
+        jlf.sow_loss(self, "square", jnp.square(x))
+        masked = jl.compute_weighted_loss(x, x > 0, reduction="parts")
+        jlf.sow_loss(self, "masked", masked)
+        jlf.sow_loss(self, "l2", jl.l2_regularizer(0.5)(kernel), regularization=True)
+        return x
+
+
+class Encoder(nn.Module):
+    """Two layers, written out."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = Block(name=f"layer_{i}")(x)
+        return x
+
+
+class Twice(nn.Module):
+    """One layer that is called twice, plainly or within a lifted transformation."""
+
+    lift: str = ""
+
+    @nn.compact
+    def __call__(self, x):
+        block = {"": Block, "remat": nn.remat(Block), "jit": nn.jit(Block)}[self.lift](name="layer")
+        return block(block(x))
+
+
+class Scanned(nn.Module):
+    axes: tuple = ("losses", "regularization_losses")
+    remat: bool = False
+    carry: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(Block) if self.remat else Block
+        lifted = nn.scan(
+            lambda module, x, _: (module(x), None),
+            variable_axes={"params": 0} | dict.fromkeys(self.axes, 0),
+            variable_carry=COLLECTIONS if self.carry else False,
+            split_rngs={"params": True},
+            length=2,
+        )
+        return lifted(block(name="layers"), x, None)[0]
+
+
+def applied(module, variables=None, **options):
+    variables = module.init(jax.random.key(0), X) if variables is None else variables
+    return module.apply(variables, X, mutable=COLLECTIONS, **options)
+
+
+def test_linen_names_and_values():
+    x, state = applied(Encoder())
+    losses = jlf.collect(state)
+    names = {f"layer_{i}/{name}" for i in range(2) for name in ("square", "masked")}
+    assert set(losses.losses) == names
+    assert set(losses.regularization_losses) == {"layer_0/l2", "layer_1/l2"}
+    np.testing.assert_allclose(losses.get_losses()["layer_1/square"], jnp.square(x).mean())
+    np.testing.assert_allclose(losses.get_losses()["layer_1/masked"], x[x > 0].mean())
+    assert losses.losses["layer_1/square"].count == x.size
+    np.testing.assert_allclose(losses.get_regularization_losses("layer_0")["layer_0/l2"], 9 / 4)
+
+
+def test_linen_sows_nothing_at_init():
+    assert set(Encoder().init(jax.random.key(0), X)) == {"params"}
+    assert set(Scanned().init(jax.random.key(0), X)) == {"params"}
+
+
+def test_linen_does_nothing_where_not_mutable():
+    variables = Encoder().init(jax.random.key(0), X)
+    plain = Encoder().apply(variables, X)
+    _, state = Encoder().apply(variables, X, mutable=["batch_stats"])
+    chex.assert_trees_all_equal(plain, applied(Encoder(), variables)[0])
+    assert jlf.collect(state).get_losses() == {}
+    with pytest.raises(ValueError, match=r"\['layer_0/square'\] were not sown.*`mutable`"):
+        jlf.collect(state, expected=["layer_0/square"])
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_linen_scan_is_the_written_out_layers(remat):
+    _, state = applied(Scanned(remat=remat))
+    losses, written_out = jlf.collect(state), jlf.collect(applied(Encoder())[1])
+    for name in ("square", "masked"):
+        layers = jnp.stack([written_out.get_losses()[f"layer_{i}/{name}"] for i in range(2)])
+        chex.assert_trees_all_close(losses.get_losses()[f"layers/{name}"], layers)
+    chex.assert_trees_all_close(losses.get_total_loss(), written_out.get_total_loss())
+
+
+def test_linen_scan_without_variable_axes_is_noticed():
+    _, state = applied(Scanned(axes=()))
+    assert jlf.collect(state).get_losses() == {}  # Flax drops them; nobody else can know.
+    with pytest.raises(ValueError, match=r"layers/square.*variable_axes.*nn.scan"):
+        jlf.collect(state, expected=["layers/square"])
+
+
+def test_linen_scan_cannot_carry_losses():
+    with pytest.raises(TypeError, match="carry"):
+        applied(Scanned(axes=(), carry=True), Scanned().init(jax.random.key(0), X))
+
+
+def test_linen_cond_needs_the_loss_in_both_branches():
+    class Cond(nn.Module):
+        both: bool
+
+        @nn.compact
+        def __call__(self, x):
+            def sown(module, x):
+                jlf.sow_loss(module, "aux", jnp.sum(x))
+                return x
+
+            def silent(module, x):
+                return x
+
+            return nn.cond(True, sown, sown if self.both else silent, self, x)
+
+    with pytest.raises(TypeError):
+        applied(Cond(both=False), {})
+    assert jlf.collect(applied(Cond(both=True), {})[1]).get_losses()["aux"] == X.sum()
+
+
+def test_linen_vmap_is_a_loop():
+    class Mapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            lifted = nn.vmap(
+                Block,
+                variable_axes={"params": None, "losses": 0, "regularization_losses": 0},
+                split_rngs={"params": False},
+            )
+            return lifted(name="layer")(x)
+
+    _, state = applied(Mapped())
+    variables = Block().init(jax.random.key(0), X[0])
+    loop = [jlf.capture(Block().apply)(variables, x)[1].get_losses() for x in X]
+    expected = {f"layer/{k}": jnp.stack([losses[k] for losses in loop]) for k in loop[0]}
+    chex.assert_trees_all_close(jlf.collect(state).get_losses(), expected)
+
+
+@pytest.mark.parametrize("lift", ["", "remat", "jit"])
+def test_linen_module_called_twice_sows_twice(lift):
+    _, state = applied(Twice(lift))
+    losses = jlf.collect(state)
+    written_out = jlf.collect(applied(Encoder())[1])
+    assert losses.get_losses()["layer/square"].shape == (2,)
+    chex.assert_trees_all_close(losses.get_total_loss(), written_out.get_total_loss())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Encoder(), Twice(), Twice("remat"), Scanned(), Scanned(remat=True)],
+    ids=["plain", "twice", "twice remat", "scan", "scan remat"],
+)
+def test_linen_state_of_the_last_step_is_never_counted_again(module):
+    variables = module.init(jax.random.key(0), X)
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=2)  # Without the state, and with it.
+    def step(variables):
+        _, state = applied(module, variables)
+        return state
+
+    state = step(variables)
+    expected = jlf.collect(state)
+    for _ in range(3):
+        state = step({**variables, **state})
+        chex.assert_trees_all_equal(jlf.collect(state), expected)
+    _, eager = applied(module, {**variables, **state})
+    chex.assert_trees_all_close(jlf.collect(eager), expected)
+
+
+def test_linen_gradients_flow_through_capture():
+    variables = Encoder().init(jax.random.key(0), X)
+
+    def total(variables):
+        return jlf.capture(Encoder().apply)(variables, X)[1].get_total_loss()
+
+    jax.test_util.check_grads(total, (variables,), 1, modes=["rev"], rtol=1e-2)
+
+
+def test_linen_capture_leaves_the_result_as_it_was():
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=True):
+            return nn.BatchNorm(not train, name="norm")(Encoder(name="encoder")(x))
+
+    variables = Norm().init(jax.random.key(0), X)
+    plain = Norm().apply(variables, X, train=False)
+    result, losses = jlf.capture(Norm().apply, expected=["encoder/layer_1/masked"])(
+        variables, X, train=False
+    )
+    chex.assert_trees_all_equal(result, plain)
+    assert "encoder/layer_0/square" in losses.get_losses()
+    plain, updated = Norm().apply(variables, X, mutable=["batch_stats"])
+    (result, state), _ = jlf.capture(Norm().apply)(variables, X, mutable=["batch_stats"])
+    chex.assert_trees_all_equal((result, state), (plain, updated))
+    with pytest.raises(ValueError, match="must be its apply, got init"):
+        jlf.capture(Norm().init)(jax.random.key(0), X)
+
+
+def test_linen_scalars_that_others_have_sown():
+    class Foreign(nn.Module):
+        value: float | jax.Array
+
+        @nn.compact
+        def __call__(self, x):
+            self.sow("losses", "aux", self.value)
+            self.sow("losses", "aux", 2 * self.value)
+
+    assert jlf.collect(applied(Foreign(jnp.float32(3)), {})[1]).get_total_loss() == 9
+    with pytest.raises(ValueError, match="aux was sown by sow, and is no scalar"):
+        jlf.collect(applied(Foreign(jnp.ones(3)), {})[1])
+
+
+class Layer(nnx.Module):
+    """The same layer as Block."""
+
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.ones((3, 3)))
+
+    def __call__(self, x):
+        x = x @ self.kernel[...] / 3
+        jlf.sow_loss(self, "square", jnp.square(x))
+        jlf.sow_loss(self, "masked", jl.compute_weighted_loss(x, x > 0, reduction="parts"))
+        l2 = jl.l2_regularizer(0.5)(self.kernel[...])
+        jlf.sow_loss(self, "l2", l2, regularization=True)
+        return x
+
+
+class Layers(nnx.Module):
+    def __init__(self, remat=False):
+        self.layers = nnx.List([Layer(), Layer()])
+        self.remat = remat
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = nnx.remat(Layer.__call__)(layer, x) if self.remat else layer(x)
+        return x
+
+
+class ScannedLayers(nnx.Module):
+    def __init__(self, remat=False):
+        self.layers = nnx.vmap(lambda _: Layer())(jnp.arange(2))
+        self.remat = remat
+
+    def __call__(self, x):
+        call = nnx.remat(Layer.__call__) if self.remat else Layer.__call__
+        return nnx.scan(
+            lambda x, layer: call(layer, x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry
+        )(x, self.layers)
+
+
+def test_nnx_is_linen():
+    y, losses = jlf.capture(Layers())(X)
+    expected, state = applied(Encoder())
+    chex.assert_trees_all_close(y, expected)
+    linen = jlf.collect(state)
+    assert {n.replace("layers/", "layer_") for n in losses.losses} == set(linen.losses)
+    chex.assert_trees_all_close(
+        {n.replace("layers/", "layer_"): v for n, v in losses.get_losses().items()},
+        linen.get_losses(),
+    )
+    chex.assert_trees_all_close(losses.get_total_loss(), linen.get_total_loss())
+
+
+def test_nnx_does_nothing_and_warns_of_nothing_outside_of_capture():
+    model = Layers()
+    before = nnx.state(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(X)
+        nnx.jit(Layers.__call__)(model, X)
+    chex.assert_trees_all_equal(nnx.state(model), before)
+    assert jlf.collect(nnx.pop(model, (jlf.Loss, jlf.RegularizationLoss))).losses == {}
+
+
+@pytest.mark.parametrize("model", [Layers(), ScannedLayers()], ids=["layers", "scan"])
+def test_nnx_neither_grows_nor_retraces(model):
+    chex.clear_trace_counter()
+
+    @nnx.jit
+    @chex.assert_max_traces(n=1)
+    def step(model, x):
+        return jlf.capture(model)(x)[1]
+
+    first = step(model, X)
+    before = nnx.state(model)
+    for _ in range(3):
+        chex.assert_trees_all_equal(step(model, X), first)
+    chex.assert_trees_all_equal(nnx.state(model), before)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_nnx_scan_and_remat(remat):
+    written_out = jlf.capture(Layers())(X)[1]
+    losses = jlf.capture(ScannedLayers(remat))(X)[1]
+    for name in ("square", "masked"):
+        layers = jnp.stack([written_out.get_losses()[f"layers/{i}/{name}"] for i in range(2)])
+        chex.assert_trees_all_close(losses.get_losses()[f"layers/{name}"], layers)
+    chex.assert_trees_all_close(losses.get_total_loss(), written_out.get_total_loss())
+    chex.assert_trees_all_close(jlf.capture(Layers(remat))(X)[1], written_out)
+
+
+def test_nnx_vmap_is_a_loop():
+    def mapped(layer, x):
+        axes = nnx.StateAxes({(jlf.Loss, jlf.RegularizationLoss): 0, ...: None})
+        return nnx.vmap(Layer.__call__, in_axes=(axes, 0))(layer, x)
+
+    # Whole captures map plainly: what they return is a pytree.
+    losses = nnx.vmap(lambda layer, x: jlf.capture(layer)(x)[1], in_axes=(None, 0))(Layer(), X)
+    loop = [jlf.capture(Layer())(x)[1].get_losses() for x in X]
+    expected = jax.tree.map(lambda *x: jnp.stack(x), *loop)
+    chex.assert_trees_all_close(losses.get_losses(), expected)
+    chex.assert_trees_all_close(jlf.capture(mapped)(Layer(), X)[1].get_losses(), expected)
+
+
+def test_nnx_inside_and_outside_of_jit_and_grad():
+    def total(model, x):
+        _, losses = jlf.capture(model)(x)
+        return losses.get_total_loss(), losses
+
+    model = Layers()
+    grads, losses = nnx.grad(total, has_aux=True)(model, X)
+    chex.assert_trees_all_equal(losses, jlf.capture(model)(X)[1])
+    jitted, _ = nnx.jit(nnx.grad(total, has_aux=True))(model, X)
+    chex.assert_trees_all_close(jitted, grads)
+    graph, params = nnx.split(model)
+    plain = jax.grad(lambda p: total(nnx.merge(graph, p), X)[0])(params)
+    chex.assert_trees_all_close(jax.tree.leaves(grads), jax.tree.leaves(plain))
+    # A jitted function within.
+    chex.assert_trees_all_close(jlf.capture(nnx.jit(Layers.__call__))(model, X)[1], losses)
+
+
+def test_nnx_layer_called_twice_sows_twice():
+    def twice(layer, x):
+        return layer(layer(x))
+
+    losses = jlf.capture(twice)(Layer(), X)[1]
+    assert losses.get_losses()["square"].shape == (2,)
+    chex.assert_trees_all_close(
+        losses.get_total_loss(), jlf.capture(Layers())(X)[1].get_total_loss()
+    )
+
+
+def test_nnx_capture_of_a_function_a_method_and_a_module():
+    model = Layers()
+    found = [
+        jlf.capture(fn)(*args)[1]
+        for fn, args in (
+            (model, (X,)),
+            (model.__call__, (X,)),
+            (lambda m, x: m(x), (model, X)),
+            (lambda m, x: nnx.capture(m, nnx.Intermediate) and m(x), (model, X)),
+        )
+    ]
+    for losses in found[1:]:
+        chex.assert_trees_all_equal(losses, found[0])
+    for fn, args in ((lambda x: model(x), (X,)), (jnp.sum, (X,)), (lambda: None, ())):
+        with pytest.raises(ValueError, match="fn must be an nnx module"):
+            jlf.capture(fn)(*args)
+
+
+def test_nnx_capture_leaves_nothing_behind():
+    model = Layers()
+    before = nnx.state(model)
+
+    def fails(model, x):
+        model(x)
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        jlf.capture(fails)(model, X)
+    chex.assert_trees_all_equal(nnx.state(model), before)
+    assert not any(hasattr(m, "__captures__") for _, m in nnx.iter_modules(model))
+    jlf.capture(model)(X)
+
+
+def test_nnx_capture_within_a_capture_is_refused():
+    model = Layers()
+
+    def nested(model, x):
+        return jlf.capture(model.layers[0])(x)
+
+    for capture in (jlf.capture(nested), nnx.capture(nested, nnx.Intermediate)):
+        with pytest.raises(ValueError, match="Layer is being captured already"):
+            capture(model, X)
+
+
+def test_nnx_capture_of_flax_itself():
+    model = Layers()
+    _, *states = nnx.capture(model, jlf.Loss, jlf.RegularizationLoss)(X)
+    chex.assert_trees_all_equal(jlf.collect(nnx.merge_state(*states)), jlf.capture(model)(X)[1])
+    # Pop takes subclasses of a type, capture the type alone: these are types of their own.
+    assert jlf.Loss.__mro__[1] is nnx.Variable
+    assert jlf.RegularizationLoss.__mro__[1] is nnx.Variable
+
+
+def test_expected_losses():
+    model = Layers()
+    jlf.capture(model, expected=["layers/0/square", "layers/1/l2"])(X)
+    with pytest.raises(ValueError, match=r"\['layer/0/square'\] were not sown.*layers/0/square"):
+        jlf.capture(model, expected=["layer/0/square"])(X)
+    with pytest.raises(ValueError, match="expected must be names"):
+        jlf.capture(model, expected="layers/0/square")(X)
+
+
+@pytest.mark.parametrize("state", [None, (X, {}), [1], X])
+def test_what_is_no_state(state):
+    with pytest.raises(ValueError, match="state must be"):
+        jlf.collect(state)
+
+
+def test_what_cannot_be_sown():
+    with pytest.raises(ValueError, match="module must be a Flax module, got int"):
+        jlf.sow_loss(3, "aux", 1.0)
+
+    class Bad(nnx.Module):
+        def __init__(self, name, value):
+            self.layer, self.name, self.value = Layer(), name, value
+
+        def __call__(self):
+            jlf.sow_loss(self, self.name, self.value)
+
+    for name, value, message in (
+        ("layer", 1.0, "'layer' is taken"),
+        ("aux", "1", "aux must be"),
+        ("", 1.0, "name must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jlf.capture(Bad(name, value))()
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            nn.Dense(2, name="dense")(x)
+            jlf.sow_loss(self, "dense", 1.0)
+
+    with pytest.raises(ValueError, match='Duplicate use of scope name: "dense"'):
+        applied(Linen(), {"params": {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}})
