@@ -22,6 +22,7 @@ import skimage
 from tqdm import trange
 
 import jaxlosses as jl
+import jaxlosses.flax as jlf
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,7 +45,12 @@ class StereoNet(nn.Module):
         x = features
         for dilation in (1, 2, 4, 1):
             x = nn.relu(nn.Conv(self.width, (3, 3), kernel_dilation=dilation)(x))
-        return self.prior + 10 * nn.Conv(1, (3, 3))(x)[..., 0]
+        depth = self.prior + 10 * nn.Conv(1, (3, 3))(x)[..., 0]
+        for axis in (1, 2):  # Steps in depth are dear, except where the photograph has an edge.
+            edge = jnp.mean(jnp.abs(jnp.diff(features[..., :3], axis=axis)), -1)
+            rough = jnp.abs(jnp.diff(depth, axis=axis)) * jnp.exp(-30 * edge)
+            jlf.sow_loss(self, f"smoothness_{'yx'[axis - 1]}", 0.05 * rough)
+        return depth
 
 
 def load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -79,54 +85,62 @@ def blocks(image: jax.Array) -> jax.Array:
     return cut.swapaxes(1, 2).reshape(-1, BLOCK, BLOCK)
 
 
-def selected_losses(params: Any, depth: jax.Array, truth: jax.Array, known: jax.Array) -> dict:
-    """The named losses; an infinite truth never meets a weight other than zero."""
+def selected_losses(
+    losses: jl.LossCollector, depth: jax.Array, truth: jax.Array, known: jax.Array
+) -> jl.LossCollector:
+    """The losses of a depth; an infinite truth never meets a weight other than zero."""
     on_surface = known[:, 1:, :-1] & known[:, :-1, 1:] & known[:, :-1, :-1]
     whole = blocks(known).all((1, 2))
-    kernels = [p for p in jax.tree.leaves(params) if p.ndim > 1]
-    return {
-        "absolute": jl.absolute_difference(depth, truth, known),
-        "pairwise": 0.02
-        * jl.mean_pairwise_squared_error(blocks(depth), blocks(truth), whole, reduction="mean"),
-        "normals": jl.cosine_distance(normals(depth), normals(truth), on_surface),
-        "weight decay": 1e-4 * optax.tree.norm(kernels, squared=True) / 2,
-    }
+    pairwise = jl.mean_pairwise_squared_error(
+        blocks(depth), blocks(truth), 0.02 * whole, reduction="parts"
+    )
+    directions = jl.cosine_distance(normals(depth), normals(truth), on_surface, reduction="parts")
+    return (
+        losses.add_loss("absolute", jl.absolute_difference(depth, truth, known, reduction="parts"))
+        .add_loss("pairwise", pairwise)
+        .add_loss("normals", directions)
+    )
 
 
-def multiplied_losses(params: Any, depth: jax.Array, truth: jax.Array, known: jax.Array) -> dict:
+def multiplied_losses(
+    losses: jl.LossCollector, depth: jax.Array, truth: jax.Array, known: jax.Array
+) -> jl.LossCollector:
     """The same absolute difference with zero weights that multiply."""
-    del params
     error = jnp.abs(depth - truth) * known.astype(jnp.float32)
-    return {"absolute": jnp.sum(error) / jnp.sum(known).astype(jnp.float32)}
+    return losses.add_loss("absolute", jnp.sum(error) / jnp.sum(known).astype(jnp.float32))
 
 
 def train(
-    features: np.ndarray, truth: np.ndarray, known: np.ndarray, named_losses: Any, steps: int, **bar
-) -> tuple[np.ndarray, dict[str, list[float]]]:
-    """The learned disparity of the whole picture, and the history of each named loss."""
+    features: np.ndarray, truth: np.ndarray, known: np.ndarray, add_losses: Any, steps: int, **bar
+) -> tuple[np.ndarray, jl.LossCollector, dict[str, list[float]]]:
+    """The learned disparity of the whole picture, the last losses, and the history of each."""
     model = StereoNet(prior=float(truth[known].mean()))
     inputs, targets, weights = (jnp.asarray(x)[None] for x in (features, truth, known))
     params = model.init(jax.random.key(0), inputs)
+    forward = jlf.capture(model.apply, expected=["smoothness_x", "smoothness_y"])
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, max(steps, 1)))
 
-    def total(params: Any) -> tuple[jax.Array, dict]:
-        losses = named_losses(params, model.apply(params, inputs), targets, weights)
-        return sum(losses.values(), jnp.zeros(())), losses
+    def total(params: Any) -> tuple[jax.Array, jl.LossCollector]:
+        depth, losses = forward(params, inputs)
+        losses = add_losses(losses, depth, targets, weights)
+        losses = losses.regularize(params, {"kernel$": jl.l2_regularizer(1e-4)})
+        return losses.get_total_loss(), losses
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any) -> tuple[Any, Any, dict]:
+    def step(params: Any, state: Any) -> tuple[Any, Any, jl.LossCollector]:
         grads, losses = jax.grad(total, has_aux=True)(params)
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state, losses
 
-    state, history = optimizer.init(params), {}
+    state, losses, history = optimizer.init(params), jl.LossCollector(), {}
     progress = trange(steps, **bar)
     for _ in progress:
         params, state, losses = step(params, state)
-        for name, value in losses.items():
-            history.setdefault(name, []).append(float(value))
-        progress.set_postfix({name: f"{float(value):.3f}" for name, value in losses.items()})
-    return np.asarray(jax.jit(model.apply)(params, inputs))[0], history
+        values = {name: float(value) for name, value in losses.to_dict().items()}
+        for name, value in values.items():
+            history.setdefault(name, []).append(value)
+        progress.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+    return np.asarray(jax.jit(model.apply)(params, inputs))[0], losses, history
 
 
 def report(depth: np.ndarray, truth: np.ndarray, known: np.ndarray, held_out: np.ndarray) -> None:
@@ -160,8 +174,8 @@ def draw(out: str, photo: np.ndarray, truth: np.ndarray, depth: np.ndarray, hist
         panel.set_axis_off()
     for name, values in history.items():
         axes[1, 1].plot(np.arange(1, len(values) + 1), values, label=name)
-    axes[1, 1].set(yscale="log", xlabel="step", ylabel="loss", title="Losses")
-    axes[1, 1].legend()
+    axes[1, 1].set(yscale="log", ylim=(None, 100), xlabel="step", ylabel="loss", title="Losses")
+    axes[1, 1].legend(ncols=3, loc="upper right")
     figure.savefig(out, dpi=110)
 
 
@@ -177,9 +191,10 @@ def main() -> None:
     held_out = np.isfinite(truth) & ~learned_from
     print(f"{np.mean(~np.isfinite(truth)):.1%} of the true disparities are infinite: weight zero.")
 
-    depth, history = train(features, truth, learned_from, selected_losses, options.steps)
+    depth, losses, history = train(features, truth, learned_from, selected_losses, options.steps)
+    print(f"\nThe losses of the last step\n{losses}")
     report(depth, truth, learned_from, held_out)
-    _, multiplied = train(features, truth, learned_from, multiplied_losses, 2, disable=True)
+    *_, multiplied = train(features, truth, learned_from, multiplied_losses, 2, disable=True)
     print(f"\nWith zero weights that multiply instead of select: {multiplied['absolute'][-1]:.3f}")
     draw(options.out, photo, truth, depth, history)
     print(f"Wrote {options.out}")
