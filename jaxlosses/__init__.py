@@ -29,11 +29,13 @@ With ``axis_name``, sum and count run over that mapped axis (or axes) as well.
 **Dtypes.** Arithmetic and results are float32, or float64 where an input is. Integers and booleans
 are read as float32. Gradients have the dtype of what they belong to.
 
-**Options** (all that is keyword-only) are Python values, fixed when a program is compiled.
+**Options** (all that is keyword-only) are Python values, fixed when a program is compiled. Those of
+a function that :func:`weighted` lifts may be traced.
 
 **Errors.** Arguments that cannot be meant raise a ``ValueError`` that names them.
 """
 
+from jaxlosses._accumulate import accumulate_value_and_grad as accumulate_value_and_grad
 from jaxlosses._classification import hinge_loss as hinge_loss
 from jaxlosses._classification import log_loss as log_loss
 from jaxlosses._classification import sigmoid_cross_entropy as sigmoid_cross_entropy

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jaxlosses._kernel import align, as_array, as_floats, reduce_losses
+from jaxlosses._kernel import (
+    align,
+    as_array,
+    as_floats,
+    check_integer,
+    check_number,
+    max_of,
+    reduce_losses,
+    sum_of,
+)
 from jaxlosses._typing import (
     AxisName,
     ClassIds,
@@ -63,8 +74,7 @@ def log_loss(
         0.6931
     """
     inputs = as_floats(predictions=predictions, labels=labels)
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon must not be negative, got {epsilon}")
+    check_number("epsilon", epsilon)
 
     def formula(p: Array, y: Array) -> Array:
         # XLA would add 1 and epsilon first, whose sum has one digit of epsilon left.
@@ -157,13 +167,13 @@ def sigmoid_cross_entropy(
         0.3466
     """
     inputs = as_floats(logits=logits, labels=labels)
-    _check_smoothing(label_smoothing)
+    check_number("label_smoothing", label_smoothing, 1)
 
     def formula(x: Array, y: Array) -> Array:
         y = y * (1 - label_smoothing) + label_smoothing / 2
         # softplus(x) = softplus(-x) + x: the tail on the label's own side keeps its digits.
-        positive = y > 0.5
-        return jax.nn.softplus(jnp.where(positive, -x, x)) + x * jnp.where(positive, 1 - y, -y)
+        sign = jnp.where(y > 0.5, -1, 1).astype(x.dtype)
+        return jax.nn.softplus(sign * x) + x * jnp.where(y > 0.5, 1 - y, -y)
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
@@ -214,15 +224,16 @@ def softmax_cross_entropy(
     """
     inputs = as_floats(logits=logits, labels=labels)
     _check_classes(inputs[0])
-    _check_smoothing(label_smoothing)
-    _check_z_loss(z_loss)
+    check_number("label_smoothing", label_smoothing, 1)
+    check_number("z_loss", z_loss)
 
     def formula(x: Array, y: Array) -> Array:
         y = y * (1 - label_smoothing) + label_smoothing / x.shape[-1]
-        top, shifted, log_sum = _log_normalizer(x)
+        top, log_sum = _log_normalizer(x)
         # Not 0 * inf, yet the slope with respect to any other label of 0 stays what it is.
-        ruled_out = (y == 0) & jnp.isneginf(shifted)
-        losses = jnp.sum(y * jnp.where(ruled_out, 0, log_sum[..., None] - shifted), axis=-1)
+        ruled_out = (y == 0) & jnp.isneginf(x)
+        y, below = (jnp.where(ruled_out, 0, a) for a in (y, x - top[..., None]))
+        losses = log_sum * sum_of(y, x.ndim - 1) - sum_of(y * below, x.ndim - 1)
         return losses + z_loss * jnp.square(top + log_sum) if z_loss else losses
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
@@ -278,8 +289,8 @@ def sparse_softmax_cross_entropy(
     """
     (logits,) = as_floats(logits=logits)
     _check_classes(logits)
-    _check_smoothing(label_smoothing)
-    _check_z_loss(z_loss)
+    check_number("label_smoothing", label_smoothing, 1)
+    check_number("z_loss", z_loss)
     labels = _class_ids(labels, logits.shape, ignore_index)
     weights = align(weights, labels.shape)
     if ignore_index is not None:
@@ -287,12 +298,12 @@ def sparse_softmax_cross_entropy(
     _debug_check(labels, logits.shape[-1], weights)
 
     def formula(x: Array, y: Array) -> Array:
-        top, shifted, log_sum = _log_normalizer(x)
-        at_label = jnp.sum(jnp.where(_is_label(y, x.shape), shifted, 0), axis=-1)
-        losses = log_sum - at_label
+        top, log_sum = _log_normalizer(x)
+        at_label = sum_of(jnp.where(_is_label(y, x.shape), x, 0), x.ndim - 1)
+        losses = log_sum - (at_label - top)
         if label_smoothing:
-            everywhere = log_sum - jnp.mean(shifted, axis=-1)
-            losses = (1 - label_smoothing) * losses + label_smoothing * everywhere
+            mean = sum_of(x - top[..., None], x.ndim - 1) / x.shape[-1]
+            losses = (1 - label_smoothing) * losses + label_smoothing * (log_sum - mean)
         if z_loss:
             losses = losses + z_loss * jnp.square(top + log_sum)
         # A factor of NaN, unlike a selected NaN, reaches the gradient.
@@ -302,15 +313,25 @@ def sparse_softmax_cross_entropy(
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
 
-def _log_normalizer(x: Array) -> tuple[Array, Array, Array]:
-    """The largest logit, the logits below it, and the logarithm of the sum of their exponentials.
+@jax.custom_jvp
+def _log_normalizer(x: Array) -> tuple[Array, Array]:
+    """The largest logit, and the logarithm of the sum of exponentials of the logits below it.
 
     Kept apart because a loss is a difference of logits: adding the largest one first would round
-    the loss to that logit's last digit.
+    the loss to that logit's last digit. The largest is a constant to derivatives: their sum is
+    right.
     """
-    top = jax.lax.stop_gradient(jnp.max(x, axis=-1))
-    shifted = x - top[..., None]
-    return top, shifted, jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+    top = max_of(x, x.ndim - 1)
+    return top, jnp.log(sum_of(jnp.exp(x - top[..., None]), x.ndim - 1))
+
+
+@_log_normalizer.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> Any:
+    (x,), (dx,) = primals, tangents
+    top, log_sum = _log_normalizer(x)
+    # From the logits again: to keep the exponentials would take as much memory as the logits.
+    softmax = jnp.exp((x - top[..., None]) - log_sum[..., None])
+    return (top, log_sum), (jnp.zeros_like(top), jnp.sum(softmax * dx, axis=-1))
 
 
 def _is_class(labels: Array, classes: int) -> Array:
@@ -332,7 +353,9 @@ def _class_ids(labels: ArrayLike, logits_shape: tuple[int, ...], ignore_index: i
             f"got labels of shape {labels.shape} for logits of shape {logits_shape}"
         )
     limits = jnp.iinfo(labels.dtype)
-    if ignore_index is not None and not limits.min <= ignore_index <= limits.max:
+    if ignore_index is not None and not (
+        limits.min <= check_integer("ignore_index", ignore_index) <= limits.max
+    ):
         raise ValueError(f"ignore_index must be a value of {labels.dtype}, got {ignore_index}")
     # Narrow integers could not be compared with the number of classes.
     wide = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
@@ -352,13 +375,3 @@ def _debug_check(labels: Array, classes: int, weights: Array) -> None:
 def _check_classes(logits: Array) -> None:
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have a last axis of classes, got shape {logits.shape}")
-
-
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
-
-
-def _check_z_loss(z_loss: float) -> None:
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}")

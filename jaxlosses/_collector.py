@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxlosses._kernel import as_floats, reduce_losses
-from jaxlosses._mean import WeightedMean, widen
+from jaxlosses._mean import WeightedMean, psum, widen
 from jaxlosses._regularization import Regularizer, as_pattern, matching_parameters
 
 TOTAL = "total_loss"  # What a logger calls the sum; no loss can have this name.
@@ -180,7 +180,7 @@ class LossCollector:
 
     def psum(self, axis_name: Hashable) -> LossCollector:
         """The means over all members of a mapped axis (or axes), in one collective."""
-        return jax.lax.psum(self, axis_name)
+        return psum(self, axis_name)
 
     def to_dict(self) -> dict[str, Array]:
         """Every value, and their sum as ``"total_loss"``, for loggers: all are scalars.

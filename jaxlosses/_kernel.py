@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import operator
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
@@ -19,13 +19,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 from jax.typing import ArrayLike
 
-from jaxlosses._mean import WeightedMean, divide
+from jaxlosses._mean import WeightedMean, divide, psum
 from jaxlosses._typing import AxisName, Reduction, Result
 
 Formula = Callable[..., Array]
+
+_BLOCK = 4096  # Numbers that are summed one after the other: 16 KiB, and 8 digits of accuracy.
+_SHORT_ROW = 256
 
 # Not ArrayLike, of which tracers are no instances in every JAX.
 _ARRAYS = (Array, np.ndarray, np.generic, bool, int, float, complex)
@@ -47,13 +53,12 @@ def reduce_losses(
     of an input an absent loss makes absent.
 
     Args:
-        formula: Element losses, each from its own slice of the inputs.
+        formula: Element losses, each from its own place of the inputs.
         inputs: Arrays with the losses' shape, followed by the axes that one loss consumes.
         weights: Weights as the caller gave them.
         reduction: How to reduce, see the package's docstring.
         axis_name: Mapped axes over which total and count are summed as well.
-        foreign: The formula was written elsewhere: it may close over traced arrays, have an
-            infinite slope where its loss is finite, and return losses of any shape.
+        foreign: The formula was written elsewhere: it may close over traced arrays.
 
     Raises:
         ValueError: if the weights do not align, the reduction is none of ours, or the losses of a
@@ -62,11 +67,11 @@ def reduce_losses(
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     dtype = _precision(*inputs, weights)
-
-    def upcast(*arrays: Array) -> Array:
-        return formula(*(a.astype(dtype) if _is_float(a) else a for a in arrays)).astype(dtype)
-
-    shape = jax.eval_shape(upcast, *inputs).shape
+    losses_fn = _Losses(formula, len(inputs), dtype)
+    result = jax.eval_shape(formula, *losses_fn.widen(inputs))
+    if not hasattr(result, "dtype") or jnp.issubdtype(result.dtype, jnp.complexfloating):
+        raise ValueError(f"the loss function must return one real array, got {result}")
+    shape = result.shape
     for array in inputs:
         if array.shape[: len(shape)] != shape:
             raise ValueError(
@@ -76,21 +81,22 @@ def reduce_losses(
     weights = align(weights, shape)
     arguments = list(inputs)
     if foreign:
-        upcast, closed_over = jax.closure_convert(upcast, *inputs)
+        converted, closed_over = jax.closure_convert(losses_fn, *losses_fn.widen(inputs))
+        losses_fn = dataclasses.replace(losses_fn, formula=converted)
         arguments += closed_over
-    losses = _weigh(_Losses(upcast, len(inputs), foreign), weights, *arguments)
+    losses = _weigh(losses_fn, weights, *arguments)
     if reduction == "none":
         return losses
-    total = jnp.sum(losses)
     if reduction == "sum":
-        return total if axis_name is None else jax.lax.psum(total, axis_name)
+        total = sum_of(losses)
+        return total if axis_name is None else psum(total, axis_name)
     if reduction == "average":
         copies = math.prod(shape) // max(weights.size, 1)
-        count = jnp.sum(weights.astype(dtype)) * copies
+        total, count = sum_of(losses), sum_of(weights.astype(dtype)) * copies
     else:
-        count = _count(weights, shape).astype(dtype)
+        total, count = sum_and_count(losses, weights.astype(bool))
     if axis_name is not None:
-        total, count = jax.lax.psum((total, count), axis_name)
+        total, count = psum((total, count), axis_name)
     return WeightedMean(total, count) if reduction == "parts" else divide(total, count)
 
 
@@ -144,69 +150,278 @@ class _Losses:
 
     formula: Formula
     num_inputs: int
-    foreign: bool
+    dtype: Any
 
     def __call__(self, *arguments: Array) -> Array:
-        return self.formula(*arguments)
+        return self.formula(*self.widen(arguments)).astype(self.dtype)
+
+    def widen(self, arguments: Sequence[Array]) -> list[Array]:
+        inputs, closed_over = arguments[: self.num_inputs], arguments[self.num_inputs :]
+        return [*(a.astype(self.dtype) if _is_float(a) else a for a in inputs), *closed_over]
+
+    def slopes(self, positions: Sequence[int], *arguments: Array) -> list[Array]:
+        """The derivative of each loss with respect to its own places of some inputs."""
+        wide = self.widen(arguments)
+        losses, pullback = jax.vjp(_vary(self, wide, positions), *_pick(wide, positions))
+        return list(pullback(jnp.ones_like(losses)))
 
     def is_finite(self, *arguments: Array) -> Array:
-        """Which losses are finite, and for a foreign formula have finite slopes."""
+        """Which losses are finite and have finite slopes."""
         constants = [jax.lax.stop_gradient(a) for a in arguments]
-        if not self.foreign:
-            return jnp.isfinite(self(*constants))
-        floats = [i for i in range(self.num_inputs) if _is_float(constants[i])]
-        losses, pullback = jax.vjp(_vary(self, constants, floats), *(constants[i] for i in floats))
-        finite = jnp.isfinite(losses)
-        for slope in pullback(jnp.ones_like(losses)):
-            finite &= jnp.all(jnp.isfinite(slope), axis=tuple(range(losses.ndim, slope.ndim)))
+        finite = jnp.isfinite(self(*constants))
+        for slope in self.slopes(_floats(constants[: self.num_inputs]), *constants):
+            finite &= jnp.all(jnp.isfinite(slope), tuple(range(finite.ndim, slope.ndim)))
         return finite
+
+    def safe_jvp(
+        self, values_fn: Callable[..., Any], weights: Array, arguments: Any, tangents: Any
+    ) -> tuple[list[Array], list[Array]]:
+        """Values of the places of losses and their tangents, in operations that JAX knows.
+
+        These hold at every order. Zero times an infinite slope is NaN, so the inputs are replaced
+        where a loss neither counts nor is finite, before anything is differentiated.
+        """
+        usable = weights.astype(bool) | self.is_finite(*arguments)
+        arguments, tangents = list(arguments), list(tangents)
+        for i in range(self.num_inputs):
+            arguments[i] = _where(usable, arguments[i], _stand_in(i, arguments[i]))
+            if not isinstance(tangents[i], SymbolicZero):
+                tangents[i] = _where(usable, tangents[i], 0)
+        moved = _moved(tangents)
+        varied = _vary(values_fn, arguments, moved)
+        values, dvalues = jax.jvp(varied, _pick(arguments, moved), _pick(tangents, moved))
+        return [_where(usable, v, 0) for v in values], [_where(usable, d, 0) for d in dvalues]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _weigh(losses_fn: _Losses, weights: Array, *arguments: Array) -> Array:
-    losses = losses_fn(*arguments)
-    return jnp.where(weights.astype(bool), losses, 0) * weights.astype(losses.dtype)
+    return _where(weights.astype(bool), losses_fn(*arguments), 0) * weights.astype(losses_fn.dtype)
 
 
 def _weigh_jvp(losses_fn: _Losses, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    """Differentiate at inputs that are safe, so that what is absent reaches no derivative.
+    """The derivative with respect to inputs is a product with slopes that are themselves weighed.
 
-    A loss is usable if it counts, or if it is finite: the derivative with respect to a weight of
-    zero is the loss there, and schemes that learn weights differentiate it once more with respect
-    to the inputs. Plain operations from here on make this hold at every order.
+    So what is absent reaches no derivative, and the inputs need no selection. Whether a loss of
+    weight zero is finite matters to the derivative with respect to its weight alone, and nobody
+    else pays for knowing it.
     """
     weights, *arguments = primals
-    dweights, *dinputs = tangents
-    usable = weights.astype(bool) | losses_fn.is_finite(*arguments)
-
-    def select(position: int, array: Array, otherwise: float) -> Array:
-        mask = _expand(usable, arguments[position])
-        return jnp.where(mask, array, jnp.asarray(otherwise, array.dtype))
-
-    inputs = range(losses_fn.num_inputs)
-    safe = [select(i, a, _stand_in(i, a)) if i in inputs else a for i, a in enumerate(arguments)]
-    moved = [i for i, d in enumerate(dinputs) if not isinstance(d, SymbolicZero)]
-    moves = [select(i, dinputs[i], 0) if i in inputs else dinputs[i] for i in moved]
-    losses, dlosses = jax.jvp(_vary(losses_fn, safe, moved), [safe[i] for i in moved], moves)
-    losses, dlosses = (jnp.where(usable, x, 0) for x in (losses, dlosses))
-    scale = weights.astype(losses.dtype)
-    tangent = dlosses * scale
+    dweights, *moves = tangents
+    losses = _weigh(losses_fn, *primals)
+    moved = _moved(moves)
+    if any(i >= losses_fn.num_inputs for i in moved):
+        _, (tangent,) = losses_fn.safe_jvp(lambda *a: [losses_fn(*a)], weights, arguments, moves)
+        tangent = tangent * weights.astype(tangent.dtype)
+    else:
+        tangent = jnp.zeros_like(losses)
+        slopes = _weigh_slopes(losses_fn, tuple(moved), *primals) if moved else ()
+        for slope, i in zip(slopes, moved, strict=True):
+            # What is absent and not finite most likely has a tangent that is not finite either.
+            usable = _expand(weights.astype(bool), slope) | jnp.isfinite(arguments[i])
+            move = jnp.where(usable, moves[i], 0).astype(slope.dtype)
+            tangent += jnp.sum(slope * move, tuple(range(losses.ndim, slope.ndim)))
     if not isinstance(dweights, SymbolicZero):
-        tangent += losses * dweights.astype(losses.dtype)
-    return losses * scale, tangent
+        tangent += _unweighed(losses_fn, *primals) * dweights.astype(tangent.dtype)
+    return losses, tangent
 
 
 _weigh.defjvp(_weigh_jvp, symbolic_zeros=True)
 
 
-def _vary(function: Formula, arguments: Sequence[Array], positions: Sequence[int]) -> Formula:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _unweighed(losses_fn: _Losses, weights: Array, *arguments: Array) -> Array:
+    """The derivative with respect to the weights: the losses, as far as they are usable."""
+    losses = losses_fn(*arguments)
+    return jnp.where(weights.astype(bool) | jnp.isfinite(losses), losses, 0)
+
+
+def _unweighed_jvp(losses_fn: _Losses, primals: Any, tangents: Any) -> tuple[Array, Array]:
+    weights, *arguments = primals
+    _, (tangent,) = losses_fn.safe_jvp(lambda *a: [losses_fn(*a)], weights, arguments, tangents[1:])
+    return _unweighed(losses_fn, *primals), tangent
+
+
+_unweighed.defjvp(_unweighed_jvp, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _weigh_slopes(
+    losses_fn: _Losses, positions: tuple[int, ...], weights: Array, *arguments: Array
+) -> list[Array]:
+    slopes = losses_fn.slopes(positions, *arguments)
+    keep, scale = weights.astype(bool), weights.astype(losses_fn.dtype)
+    return [_where(keep, slope, 0) * _expand(scale, slope) for slope in slopes]
+
+
+def _weigh_slopes_jvp(
+    losses_fn: _Losses, positions: tuple[int, ...], primals: Any, tangents: Any
+) -> tuple[list[Array], list[Array]]:
+    weights, *arguments = primals
+    dweights, *moves = tangents
+    slopes_fn = functools.partial(losses_fn.slopes, positions)
+    slopes, dslopes = losses_fn.safe_jvp(slopes_fn, weights, arguments, moves)
+    scale = weights.astype(losses_fn.dtype)
+    dweighed = [_expand(scale, d) * d for d in dslopes]
+    if not isinstance(dweights, SymbolicZero):
+        dscale = dweights.astype(losses_fn.dtype)
+        dweighed = [d + _expand(dscale, s) * s for d, s in zip(dweighed, slopes, strict=True)]
+    return [_expand(scale, s) * s for s in slopes], dweighed
+
+
+_weigh_slopes.defjvp(_weigh_slopes_jvp, symbolic_zeros=True)
+
+
+def _moved(tangents: Sequence[Any]) -> list[int]:
+    return [i for i, d in enumerate(tangents) if not isinstance(d, SymbolicZero)]
+
+
+def _floats(arrays: Sequence[Array]) -> list[int]:
+    return [i for i, array in enumerate(arrays) if _is_float(array)]
+
+
+def _pick(values: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+    return [values[i] for i in positions]
+
+
+def _vary(
+    function: Callable[..., Any], arguments: Sequence[Array], positions: Sequence[int]
+) -> Callable[..., Any]:
     """``function`` of the arguments at some positions, the others held."""
 
-    def varied(*values: Array) -> Array:
+    def varied(*values: Array) -> Any:
         chosen = dict(zip(positions, values, strict=True))
         return function(*(chosen.get(i, a) for i, a in enumerate(arguments)))
 
     return varied
+
+
+@jax.custom_jvp
+def sum_and_count(x: Array, keep: Array) -> tuple[Array, Array]:
+    """The sum of ``x``, and exactly how many of its places ``keep`` sets, in the dtype of ``x``.
+
+    ``keep`` has the axes of ``x``, or 1 in their place.
+    """
+    total, count = _reduce.bind(x, keep, operation="sum", num_kept_axes=0)
+    return total, count
+
+
+@sum_and_count.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    total, count = sum_and_count(*primals)
+    return (total, count), (jnp.sum(tangents[0]), jnp.zeros_like(count))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def sum_of(x: Array, num_kept_axes: int = 0) -> Array:
+    """The sum over all axes but some leading ones."""
+    return _reduce_alone(x, "sum", num_kept_axes)
+
+
+@sum_of.defjvp
+def _(num_kept_axes: int, primals: Any, tangents: Any) -> Any:
+    (x,), (dx,) = primals, tangents
+    return sum_of(x, num_kept_axes), jnp.sum(dx, tuple(range(num_kept_axes, x.ndim)))
+
+
+def max_of(x: Array, num_kept_axes: int = 0) -> Array:
+    """The largest over all axes but some leading ones, as a constant: its derivative is 0."""
+    return _reduce_alone(jax.lax.stop_gradient(x), "max", num_kept_axes)
+
+
+def _reduce_alone(x: Array, operation: str, num_kept_axes: int) -> Array:
+    keep = jnp.ones((1,) * x.ndim, bool)
+    both = _reduce.bind(x, keep, operation=operation, num_kept_axes=num_kept_axes)
+    # A count that goes unused would be removed, and with it the fast form.
+    return jax.lax.optimization_barrier(both)[0]
+
+
+def _reduce_apart(
+    x: Array, keep: Array, *, operation: str, num_kept_axes: int, count_dtype: Any = None
+) -> tuple[Array, Array]:
+    """Reduction and count as XLA partitions them best: over devices they are one collective."""
+    axes = tuple(range(num_kept_axes, x.ndim))
+    copies = math.prod(x.shape[num_kept_axes:]) // max(keep.size, 1)
+    count = jnp.sum(keep, dtype=count_dtype or x.dtype).astype(x.dtype) * copies
+    return (jnp.sum if operation == "sum" else jnp.max)(x, axes), count
+
+
+def _reduce_together(
+    x: Array, keep: Array, *, operation: str, num_kept_axes: int
+) -> tuple[Array, Array]:
+    """Reduction and count in one pass, for one CPU.
+
+    XLA fuses what computes ``x`` into a reduction and vectorises it if an integer is reduced along;
+    a reduction of ``x`` alone, or a count of floats, takes three to ten times as long. Blocks keep
+    all cores busy, the sums accurate and the integers small. They are cut from rows of equal
+    weight, or where these are short, from the whole.
+    """
+    kept, size = x.shape[:num_kept_axes], math.prod(x.shape[num_kept_axes:])
+    varied = max([num_kept_axes - 1, *(i for i, n in enumerate(keep.shape) if n > 1)])
+    row = math.prod(x.shape[varied + 1 :])
+    columns = row if row >= _SHORT_ROW else size
+    rows, block = size // max(columns, 1), max(min(columns, _BLOCK), 1)
+    start, join, final = _OPERATIONS[operation]
+    parts = [
+        a.reshape(*kept, rows, columns)
+        for a in (x, jnp.broadcast_to(keep, x.shape).astype(jnp.int32))
+    ]
+    zeros = [jnp.asarray(start, x.dtype), jnp.int32(0)]
+    reduced, counts = [], []
+    whole = columns - columns % block
+    for part in (slice(0, whole), slice(whole, columns)):
+        if part.stop > part.start:
+            length = part.stop - part.start
+            width = min(block, length)
+            blocks = [a[..., part].reshape(*kept, rows * length // width, width) for a in parts]
+            some, count = jax.lax.reduce(blocks, zeros, join, (num_kept_axes + 1,))
+            reduced.append(some)
+            counts.append(count.ravel().astype(jnp.int32 if size < 2**31 else x.dtype))
+    if not reduced:
+        return jnp.full(kept, start, x.dtype), jnp.zeros((), x.dtype)
+    count = jnp.sum(jnp.concatenate(counts))
+    return final(jnp.concatenate(reduced, -1), -1), count.astype(x.dtype)
+
+
+# Where each starts, how it joins pairs of a number and a count, and how it ends.
+_OPERATIONS: dict[str, Any] = {
+    "sum": (0, lambda a, b: [a[0] + b[0], a[1] + b[1]], jnp.sum),
+    "max": (-jnp.inf, lambda a, b: [jax.lax.max(a[0], b[0]), a[1] + b[1]], jnp.max),
+}
+
+
+def _lower_on_cpu(ctx: Any, *arguments: Any, **params: Any) -> Any:
+    """Together where the program runs on one device, or is one device's part in ``shard_map``.
+
+    Elsewhere XLA partitions the program, and would gather all of ``x`` to cut it into blocks.
+    """
+    devices = ctx.module_context.axis_context
+    if hasattr(devices, "manual_axes"):
+        local = frozenset(devices.manual_axes) == frozenset(devices.mesh.axis_names)
+    else:
+        local = getattr(devices, "num_devices", 1) == 1
+    if local:
+        ctx = ctx.replace(avals_in=[ShapedArray(a.shape, a.dtype) for a in ctx.avals_in])
+    # XLA counts on a CPU one by one, where a float32 stops at 2**24.
+    apart = functools.partial(_reduce_apart, count_dtype=jnp.int32)
+    reduce = _reduce_together if local else apart
+    return mlir.lower_fun(reduce, multiple_results=True)(ctx, *arguments, **params)
+
+
+def _reduce_batch(arguments: Any, axes: Any, **params: Any) -> Any:
+    return jax.vmap(functools.partial(_reduce_apart, **params), axes)(*arguments), (0, 0)
+
+
+_reduce = Primitive("reduce_and_count")
+_reduce.multiple_results = True
+_reduce.def_impl(jax.jit(_reduce_apart, static_argnames=("operation", "num_kept_axes")))
+_reduce.def_abstract_eval(
+    lambda *avals, **params: (
+        jax.make_jaxpr(functools.partial(_reduce_apart, **params))(*avals).out_avals
+    )
+)
+batching.primitive_batchers[_reduce] = _reduce_batch
+mlir.register_lowering(_reduce, mlir.lower_fun(_reduce_apart, multiple_results=True))
+mlir.register_lowering(_reduce, _lower_on_cpu, platform="cpu")
 
 
 def _stand_in(position: int, array: Array) -> float | int:
@@ -218,15 +433,13 @@ def _stand_in(position: int, array: Array) -> float | int:
     return 0.5 ** (position + 1) if _is_float(array) else 0
 
 
-def _expand(mask: Array, array: Array) -> Array:
-    return mask.reshape(mask.shape + (1,) * (array.ndim - mask.ndim))
+def _where(mask: Array, array: Array, otherwise: float) -> Array:
+    return jnp.where(_expand(mask, array), array, jnp.asarray(otherwise, array.dtype))
 
 
-def _count(weights: Array, shape: tuple[int, ...]) -> Array:
-    """The number of losses whose weight is not zero, in integers as far as int32 can hold it."""
-    copies = math.prod(shape) // max(weights.size, 1)
-    exact = math.prod(shape) < 2**31
-    return jnp.sum(weights.astype(bool), dtype=jnp.int32 if exact else jnp.float32) * copies
+def _expand(array: Array, like: Array) -> Array:
+    """``array`` with the axes that ``like`` has behind its own."""
+    return array.reshape(array.shape + (1,) * (like.ndim - array.ndim))
 
 
 def _precision(*arrays: ArrayLike) -> Any:
@@ -247,6 +460,21 @@ def _is_number(array: Array) -> bool:
 
 def check_axis(name: str, axis: int, ndim: int) -> int:
     """``axis`` counted from the front; ``ValueError`` if the array has no such axis."""
-    if not -ndim <= operator.index(axis) < ndim:
+    if not -ndim <= check_integer(name, axis) < ndim:
         raise ValueError(f"{name} must be an axis of an array of rank {ndim}, got {axis}")
     return axis % ndim
+
+
+def check_integer(name: str, value: Any) -> int:
+    """``value``; ``ValueError`` if it is no integer."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def check_number(name: str, value: Any, largest: float = sys.float_info.max) -> None:
+    """``ValueError`` unless ``value`` is a number from 0 to the largest."""
+    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not real or not 0 <= value <= largest:
+        bound = "not be negative" if largest == sys.float_info.max else f"be from 0 to {largest}"
+        raise ValueError(f"{name} must be a finite number and {bound}, got {value!r}")

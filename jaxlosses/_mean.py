@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +71,7 @@ class WeightedMean:
         Args:
             axis_name: The axis, or a tuple of axes, as for ``jax.lax.psum``.
         """
-        return WeightedMean(*jax.lax.psum((self.total, self.count), axis_name))
+        return psum(self, axis_name)
 
 
 def divide(total: ArrayLike, count: ArrayLike) -> Array:
@@ -82,3 +85,11 @@ def widen(x: ArrayLike) -> Array:
     """``x`` in a precision in which means add up: float64 as it is, all else as float32."""
     x = jnp.asarray(x)
     return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def psum(tree: T, axis_name: Hashable) -> T:
+    """``jax.lax.psum`` leaf by leaf: some leaves (counts) have no derivative.
+
+    JAX 0.8 cannot transpose a sum of such a mixture; XLA makes one collective of it all the same.
+    """
+    return jax.tree.map(lambda leaf: jax.lax.psum(leaf, axis_name), tree)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlosses._kernel import as_floats, check_axis, reduce_losses
+from jaxlosses._kernel import as_floats, check_axis, reduce_losses, sum_of
 from jaxlosses._typing import (
     AxisName,
     Reals,
@@ -193,12 +196,7 @@ def mean_pairwise_squared_error(
         raise ValueError("predictions must have a batch axis, got a scalar")
 
     def formula(p: Array, y: Array) -> Array:
-        # Centred: the difference of squares loses every digit when the mean is large.
-        axes = tuple(range(1, p.ndim))
-        n = max(p[:1].size, 1)
-        d = p - y
-        centred = d - jnp.sum(d, axes, keepdims=True) / n
-        return 2 * jnp.sum(jnp.square(centred), axes) / n
+        return 2 * _variance(p, y)
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
@@ -247,6 +245,31 @@ def cosine_distance(
     inputs = [jnp.moveaxis(x, axis, -1) for x in inputs]
 
     def formula(p: Array, y: Array) -> Array:
-        return 1 - jnp.sum(p * y, axis=-1)
+        return 1 - sum_of(p * y, p.ndim - 1)
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+
+
+@jax.custom_jvp
+def _variance(p: Array, y: Array) -> Array:
+    """Of each sample's differences. Centred: squares lose every digit where the mean is large."""
+    return sum_of(jnp.square(_centred(p, y)), 1) / _sample_size(p)
+
+
+@_variance.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    dp, dy = tangents
+    # What the mean adds to the derivative sums to 0.
+    slope = jnp.sum(2 * _centred(*primals) * (dp - dy), tuple(range(1, dp.ndim)))
+    return _variance(*primals), slope / _sample_size(dp)
+
+
+def _centred(p: Array, y: Array) -> Array:
+    mean = sum_of(p - y, 1) / _sample_size(p)
+    # Or XLA would keep the differences in memory from the first pass to the second.
+    p, y, mean = jax.lax.optimization_barrier((p, y, mean))
+    return (p - y) - mean.reshape(-1, *(1,) * (p.ndim - 1))
+
+
+def _sample_size(samples: Array) -> int:
+    return max(math.prod(samples.shape[1:]), 1)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Hashable
-from typing import Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import jax
+import numpy as np
+from jax import Array
 from jax.typing import ArrayLike
 
 P = ParamSpec("P")
@@ -48,4 +51,16 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     """``jax.jit`` with keyword-only arguments static and the signature kept for type checkers."""
     parameters = inspect.signature(function).parameters.values()
     options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    return cast(Callable[P, R], jax.jit(function, static_argnames=options))
+    jitted = jax.jit(function, static_argnames=options)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in options:
+            if isinstance(kwargs.get(name), Array | np.ndarray):
+                raise ValueError(
+                    f"{name} must be a Python value, fixed when the program is compiled, "
+                    f"got an array"
+                )
+        return jitted(*args, **kwargs)
+
+    return checked

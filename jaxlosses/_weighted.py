@@ -18,9 +18,10 @@ def weighted(loss_fn: Callable[..., Array]) -> Callable[..., Result]:
     $$\text{weighted}(f)(p, y, w) = \frac{\sum_i w_i\, f(p, y)_i}{|\{i : w_i \ne 0\}|}$$
 
     Absent means absent for the function too: neither NaN nor Inf at an absent place, nor a slope
-    that is infinite there (a square root or norm at 0), reaches any derivative. To differentiate,
-    an absent example whose loss or slope is not finite is replaced by one that is harmless: 1/2 in
-    the predictions, 1/4 in the labels, 0 in integers.
+    that is infinite there (a square root or norm at 0), reaches any derivative. Slopes are selected
+    like losses; where that is not enough (second derivatives, and those with respect to what the
+    function closes over) an absent example whose loss or slope is not finite is replaced by one
+    that is harmless: 1/2 in the predictions, 1/4 in the labels, 0 in integers.
 
     Args:
         loss_fn: ``loss_fn(predictions, labels, **options)`` returns one loss for each place of the
@@ -32,8 +33,9 @@ def weighted(loss_fn: Callable[..., Array]) -> Callable[..., Result]:
         **options)``; ``options`` go to ``loss_fn``. It is not jitted: that is for the caller.
 
     Raises:
-        ValueError: from the lifted function, if the losses' shape is no prefix of both inputs'
-            shapes, or the weights do not align with it.
+        ValueError: if ``loss_fn`` is no function, and from the lifted function, if it returns no
+            real array, the losses' shape is no prefix of both inputs' shapes, or the weights do
+            not align with it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -46,6 +48,8 @@ def weighted(loss_fn: Callable[..., Array]) -> Callable[..., Result]:
         >>> print(jl.weighted(huber)(predictions, labels, jnp.array([1, 1, 0]), delta=2.0))
         2.25
     """
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn must be a function, got {loss_fn!r}")
 
     @functools.wraps(loss_fn)
     def lifted(

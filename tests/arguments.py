@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxlosses._typing import Holds
 
-CLASSES = 5
+CLASSES = 6
 IMPOSSIBLE = {"class id": (-1, CLASSES, -CLASSES, 2**31 - 1)}
 NOT_A_NUMBER = (np.nan, np.inf, -np.inf)
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from arguments import IMPOSSIBLE, NOT_A_NUMBER, Case, extremes
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
 REDUCTIONS = ("mean", "average", "sum", "none", "parts")
@@ -206,8 +206,9 @@ def what_is_absent_touches_nothing(case: Case) -> None:
         return jax.jvp(loss, tuple(points[i] for i in moved), moves)[1]
 
     close(along(*hidden), along(*values))
-    hessian = jax.hessian(case.loss, moved)
-    close(hessian(*hidden, weights), hessian(*values, weights), atol=1e-5)
+    for jacobian in (jax.jacfwd, jax.jacrev):
+        hessian = jacobian(jax.grad(case.loss, moved), moved)
+        close(hessian(*hidden, weights), hessian(*values, weights), atol=1e-5)
 
 
 def the_slope_of_a_weight_is_its_loss(case: Case) -> None:
@@ -262,25 +263,46 @@ def shapes_must_match(case: Case) -> None:
     assert next(iter(case.inputs)) in raises(case.loss, None, *values[1:])
 
 
-def devices_agree_with_one(case: Case) -> None:
-    values, weights = case.draw(batch=(8, 3)), jnp.arange(8.0) % 3
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spec = PartitionSpec("data")
+def members_of_an_axis_agree_with_the_whole(case: Case) -> None:
+    """In shard_map, value and gradient; two devices have nothing that counts."""
+    values, weights = case.draw(batch=(8, 3)), jnp.arange(8.0).at[2:6].set(0)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    rows = PartitionSpec("data")
     for reduction in ("mean", "average", "sum", "parts"):
 
         def loss(*arguments, axis_name=None, reduction=reduction):
-            return case.loss(*arguments, reduction=reduction, axis_name=axis_name)
+            result = case.loss(*arguments, reduction=reduction, axis_name=axis_name)
+            return result.value if reduction == "parts" else result
 
-        expected = loss(*values, weights)
         mapped = jax.shard_map(
             functools.partial(loss, axis_name="data"),
             mesh=mesh,
-            in_specs=(spec,) * (len(values) + 1),
+            in_specs=(rows,) * (len(values) + 1),
             out_specs=PartitionSpec(),
         )
-        close(jax.jit(mapped)(*values, weights), expected, rtol=1e-5)
-        placed = [jax.device_put(v, NamedSharding(mesh, spec)) for v in (*values, weights)]
-        close(loss(*placed), expected, rtol=1e-5)
+        gradients = (jax.value_and_grad(f, every_argument(case)) for f in (mapped, loss))
+        sharded, whole = (jax.jit(f)(*values, weights) for f in gradients)
+        close(sharded, whole, rtol=1e-5)
+
+
+def sharded_is_local(case: Case) -> None:
+    """Under jit on Auto and Explicit meshes, value and gradient, and no input is gathered."""
+    values, weights = case.draw(batch=(8, 4)), jnp.arange(8.0).at[2:6].set(0)
+    gradient = jax.value_and_grad(case.loss, every_argument(case))
+    expected = gradient(*values, weights)
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+        with jax.set_mesh(mesh):
+            for spec in (("data",), ("data", None, "model"), ("data", "model")):
+                placed = [
+                    jax.device_put(v, NamedSharding(mesh, PartitionSpec(*spec[: v.ndim])))
+                    for v in (*values, weights)
+                ]
+                close(gradient(*placed), expected, rtol=1e-5)
+                replicated = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
+                close(case.loss(*placed[:-1], replicated), expected[0], rtol=1e-5)
+                value = jax.jit(case.loss).lower(*placed).compile().as_text()
+                assert "all-gather" not in value, spec
 
 
 def raises(loss, *arguments, **options) -> str:
