@@ -36,6 +36,7 @@ a function that :func:`weighted` lifts may be traced.
 """
 
 from jaxlosses._accumulate import accumulate_value_and_grad as accumulate_value_and_grad
+from jaxlosses._accumulate import pad_batch as pad_batch
 from jaxlosses._classification import hinge_loss as hinge_loss
 from jaxlosses._classification import log_loss as log_loss
 from jaxlosses._classification import sigmoid_cross_entropy as sigmoid_cross_entropy

@@ -1,16 +1,17 @@
-"""Exact gradients over microbatches."""
+"""Exact means over microbatches and ragged batches."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxlosses._collector import LossCollector
+from jaxlosses._kernel import check_integer
 from jaxlosses._mean import WeightedMean, widen
 
 
@@ -48,8 +49,8 @@ def accumulate_value_and_grad(
         float32 at least.
 
     Raises:
-        ValueError: if ``num_microbatches`` is not positive, and from the returned function, if the
-            leading axes of the batch differ or are no multiple of it (naming the leaf), or
+        ValueError: if ``num_microbatches`` is no positive integer, and from the returned function,
+            if the leading axes of the batch differ (naming them) or are no multiple of it, or
             ``loss_fn`` returns no ``LossCollector``.
 
     Example:
@@ -64,7 +65,7 @@ def accumulate_value_and_grad(
         >>> print(total, grad.round(2))  # 5 / 3 and 16 / 3
         1.6666666 5.33
     """
-    if operator.index(num_microbatches) < 1:
+    if check_integer("num_microbatches", num_microbatches) < 1:
         raise ValueError(f"num_microbatches must be positive, got {num_microbatches}")
 
     def split_aux(result: Any) -> tuple[LossCollector, Any]:
@@ -100,22 +101,60 @@ def accumulate_value_and_grad(
     return value_and_grad
 
 
+def pad_batch(batch: Any, size: int) -> tuple[Any, Any]:
+    """A batch of a fixed size from a smaller one, and the weights that make the rest absent.
+
+    So the last batch of a dataset has the shape of the others, and nothing is compiled twice.
+
+    Args:
+        batch: A pytree of arrays (NumPy's stay NumPy's) with one leading axis in common.
+        size: The length of that axis to pad to, with zeros at the end.
+
+    Returns:
+        The padded batch, and weights ``[size]``: True for what was there, False for what was added.
+
+    Raises:
+        ValueError: if the leading axes differ, or are longer than ``size``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> losses, present = jl.pad_batch(jnp.array([1.0, 3.0]), 4)
+        >>> print(jl.compute_weighted_loss(losses, present))
+        2.0
+    """
+    rows = _num_rows(batch)
+    if rows > size:
+        raise ValueError(f"size must be at least the batch's {rows}, got {size}")
+
+    def pad(leaf: Any) -> Any:
+        widths = [(0, size - rows)] + [(0, 0)] * (leaf.ndim - 1)
+        return (np if isinstance(leaf, np.ndarray) else jnp).pad(leaf, widths)
+
+    return jax.tree.map(pad, batch), np.arange(size) < rows
+
+
+def _num_rows(batch: Any) -> int:
+    """The length of the leading axis; ``ValueError`` naming the leaves if it is not theirs all."""
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    sizes = {jax.tree_util.keystr(path) or "batch": jnp.shape(leaf)[:1] for path, leaf in leaves}
+    if len(set(sizes.values())) != 1 or () in sizes.values():
+        raise ValueError(f"batch must have arrays with one leading axis in common, got {sizes}")
+    return next(iter(sizes.values()))[0]
+
+
 def _split(batch: Any, num_microbatches: int) -> Any:
     """The batch with its leading axis cut into ``[num_microbatches, rows]``."""
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    sizes = {jax.tree_util.keystr(path) or "it": jnp.shape(leaf)[:1] for path, leaf in leaves}
-    if len(set(sizes.values())) != 1:
-        raise ValueError(f"batch must have leaves with one leading axis in common, got {sizes}")
-    for name, size in sizes.items():
-        if not size or size[0] % num_microbatches:
-            raise ValueError(
-                f"batch must have a leading axis that num_microbatches={num_microbatches} "
-                f"divides, got {size} in {name}"
-            )
+    rows = _num_rows(batch)
+    if rows % num_microbatches:
+        raise ValueError(
+            f"batch must have a leading axis that num_microbatches={num_microbatches} divides, "
+            f"got {rows}"
+        )
 
     def cut(leaf: Any) -> Array:
-        rows, *rest = leaf.shape
-        pairs = jnp.reshape(leaf, (rows // num_microbatches, num_microbatches, *rest))
+        leaf = jnp.asarray(leaf)
+        pairs = leaf.reshape(rows // num_microbatches, num_microbatches, *leaf.shape[1:])
         return jnp.swapaxes(pairs, 0, 1)
 
     return jax.tree.map(cut, batch)

@@ -301,7 +301,7 @@ def sum_and_count(x: Array, keep: Array) -> tuple[Array, Array]:
 
     ``keep`` has the axes of ``x``, or 1 in their place.
     """
-    total, count = _reduce.bind(x, keep, operation="sum", num_kept_axes=0)
+    total, count = _reduce.bind(x, keep, operation="sum", num_kept_axes=0, alone=False)
     return total, count
 
 
@@ -330,24 +330,32 @@ def max_of(x: Array, num_kept_axes: int = 0) -> Array:
 
 def _reduce_alone(x: Array, operation: str, num_kept_axes: int) -> Array:
     keep = jnp.ones((1,) * x.ndim, bool)
-    both = _reduce.bind(x, keep, operation=operation, num_kept_axes=num_kept_axes)
-    # A count that goes unused would be removed, and with it the fast form.
-    return jax.lax.optimization_barrier(both)[0]
+    (reduced,) = _reduce.bind(x, keep, operation=operation, num_kept_axes=num_kept_axes, alone=True)
+    return reduced
 
 
 def _reduce_apart(
-    x: Array, keep: Array, *, operation: str, num_kept_axes: int, count_dtype: Any = None
-) -> tuple[Array, Array]:
+    x: Array,
+    keep: Array,
+    *,
+    operation: str,
+    num_kept_axes: int,
+    alone: bool,
+    count_dtype: Any = None,
+) -> list[Array]:
     """Reduction and count as XLA partitions them best: over devices they are one collective."""
     axes = tuple(range(num_kept_axes, x.ndim))
+    reduced = (jnp.sum if operation == "sum" else jnp.max)(x, axes)
+    if alone:
+        return [reduced]
     copies = math.prod(x.shape[num_kept_axes:]) // max(keep.size, 1)
     count = jnp.sum(keep, dtype=count_dtype or x.dtype).astype(x.dtype) * copies
-    return (jnp.sum if operation == "sum" else jnp.max)(x, axes), count
+    return [reduced, count]
 
 
 def _reduce_together(
-    x: Array, keep: Array, *, operation: str, num_kept_axes: int
-) -> tuple[Array, Array]:
+    x: Array, keep: Array, *, operation: str, num_kept_axes: int, alone: bool
+) -> list[Array]:
     """Reduction and count in one pass, for one CPU.
 
     XLA fuses what computes ``x`` into a reduction and vectorises it if an integer is reduced along;
@@ -377,9 +385,11 @@ def _reduce_together(
             reduced.append(some)
             counts.append(count.ravel().astype(jnp.int32 if size < 2**31 else x.dtype))
     if not reduced:
-        return jnp.full(kept, start, x.dtype), jnp.zeros((), x.dtype)
-    count = jnp.sum(jnp.concatenate(counts))
-    return final(jnp.concatenate(reduced, -1), -1), count.astype(x.dtype)
+        return [jnp.full(kept, start, x.dtype), jnp.zeros((), x.dtype)][: 1 if alone else 2]
+    count = jnp.sum(jnp.concatenate(counts)).astype(x.dtype)
+    both = [final(jnp.concatenate(reduced, -1), -1), count]
+    # A count that goes unused would be removed, and with it the fast form.
+    return jax.lax.optimization_barrier(both)[:1] if alone else both
 
 
 # Where each starts, how it joins pairs of a number and a count, and how it ends.
@@ -408,12 +418,13 @@ def _lower_on_cpu(ctx: Any, *arguments: Any, **params: Any) -> Any:
 
 
 def _reduce_batch(arguments: Any, axes: Any, **params: Any) -> Any:
-    return jax.vmap(functools.partial(_reduce_apart, **params), axes)(*arguments), (0, 0)
+    batched = jax.vmap(functools.partial(_reduce_apart, **params), axes)(*arguments)
+    return batched, [0] * len(batched)
 
 
 _reduce = Primitive("reduce_and_count")
 _reduce.multiple_results = True
-_reduce.def_impl(jax.jit(_reduce_apart, static_argnames=("operation", "num_kept_axes")))
+_reduce.def_impl(jax.jit(_reduce_apart, static_argnames=("operation", "num_kept_axes", "alone")))
 _reduce.def_abstract_eval(
     lambda *avals, **params: (
         jax.make_jaxpr(functools.partial(_reduce_apart, **params))(*avals).out_avals

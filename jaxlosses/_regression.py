@@ -265,9 +265,8 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 
 
 def _centred(p: Array, y: Array) -> Array:
-    mean = sum_of(p - y, 1) / _sample_size(p)
-    # Or XLA would keep the differences in memory from the first pass to the second.
-    p, y, mean = jax.lax.optimization_barrier((p, y, mean))
+    # Not of p - y, which XLA would then keep in memory from this pass to the next.
+    mean = -sum_of(y - p, 1) / _sample_size(p)
     return (p - y) - mean.reshape(-1, *(1,) * (p.ndim - 1))
 
 

@@ -1,0 +1,285 @@
+"""Microbatches and ragged batches against the whole batch."""
+
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxlosses as jl
+
+ROWS = 24
+
+
+def draw(rows=ROWS, seed=0):
+    """Inputs, class ids with a ragged mask, and targets whose first half is absent."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, 5)).astype(np.float32)
+    ids = rng.integers(0, 3, rows).astype(np.int32)
+    mask = (rng.random(rows) * (rng.random(rows) > 0.5)).astype(np.float32)
+    targets = rng.normal(size=(rows, 6)).astype(np.float32)
+    targets[: rows // 2] = np.nan
+    return {"x": x, "ids": ids, "mask": mask, "targets": targets}
+
+
+PARAMS = {
+    "a": jax.random.normal(jax.random.key(0), (5, 6)),
+    "b": jax.random.normal(jax.random.key(1), (6, 3)),
+}
+
+
+def loss_fn(params, batch):
+    """Every kind of term: masked, per element, an array, a scalar, and regularization."""
+    hidden = jnp.tanh(batch["x"] @ params["a"])
+    targets = batch["targets"]
+    xent = jl.sparse_softmax_cross_entropy(
+        hidden @ params["b"], batch["ids"], batch["mask"], reduction="parts"
+    )
+    known = jnp.isfinite(targets)
+    error = jl.mean_squared_error(hidden, targets, known, reduction="parts")
+    losses = jl.LossCollector().add_loss("xent", xent).add_loss("error", error)
+    losses = losses.add_loss("activity", 0.1 * jnp.square(hidden))
+    losses = losses.add_loss("scalar", jnp.mean(hidden**3))
+    return losses.regularize(params, {"a": jl.l2_regularizer(0.1)})
+
+
+def whole(params, batch):
+    def total(params):
+        losses = loss_fn(params, batch)
+        return losses.get_total_loss(), losses
+
+    return jax.value_and_grad(total, has_aux=True)(params)
+
+
+def agree(found, expected):
+    """Values and gradients; the counts of scalars are of microbatches."""
+    ((total, losses), grads), ((whole_total, whole_losses), whole_grads) = found, expected
+    chex.assert_trees_all_close(grads, whole_grads, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(total, whole_total, rtol=1e-5)
+    chex.assert_trees_all_close(losses.to_dict(), whole_losses.to_dict(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 3, 8, ROWS])
+def test_gradient_of_the_whole_batch(num_microbatches):
+    batch = draw()
+    step = jax.jit(
+        chex.assert_max_traces(jl.accumulate_value_and_grad(loss_fn, num_microbatches), n=1)
+    )
+    chex.clear_trace_counter()
+    agree(step(PARAMS, batch), whole(PARAMS, batch))
+    other = draw(seed=1)
+    agree(step(PARAMS, other), whole(PARAMS, other))
+    agree(
+        jl.accumulate_value_and_grad(loss_fn, num_microbatches)(PARAMS, batch), whole(PARAMS, batch)
+    )
+
+
+def test_nothing_counts():
+    batch = draw() | {"mask": np.zeros(ROWS, np.float32)}
+    batch["targets"][:] = np.nan
+    (total, losses), grads = jl.accumulate_value_and_grad(loss_fn, 4)(PARAMS, batch)
+    chex.assert_tree_all_finite((total, grads))
+    assert losses.get_losses()["xent"] == 0
+    agree(((total, losses), grads), whole(PARAMS, batch))
+
+
+def dots(function, *arguments):
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    return len(re.findall(r" (?:dot|convolution)\(", text))
+
+
+def test_the_first_pass_has_no_model():
+    """Counts depend on data, so the compiler removes the model from the scan that asks for them."""
+    batch = draw()
+    accumulate = jl.accumulate_value_and_grad(loss_fn, 4)
+    both, one = dots(accumulate, PARAMS, batch), dots(whole, PARAMS, batch)
+    assert both == one > 0
+
+    def depends_on_the_model(params, batch):
+        hidden = jnp.tanh(batch["x"] @ params["a"])
+        losses = jl.compute_weighted_loss(batch["mask"], hidden[:, 0] > 0, reduction="parts")
+        return jl.LossCollector().add_loss("gated", losses)
+
+    # Then as much of the model as the weights need runs in both passes.
+    assert dots(jl.accumulate_value_and_grad(depends_on_the_model, 4), PARAMS, batch) > 0
+    (total, _), _ = jl.accumulate_value_and_grad(depends_on_the_model, 4)(PARAMS, batch)
+    expected = depends_on_the_model(PARAMS, batch).get_total_loss()
+    chex.assert_trees_all_close(total, expected, rtol=1e-6)
+
+
+def test_aux_is_stacked():
+    def with_aux(params, batch):
+        return loss_fn(params, batch), {"first": batch["x"][0, 0], "rows": batch["x"].shape[0]}
+
+    batch = draw()
+    accumulate = jl.accumulate_value_and_grad(with_aux, 4, has_aux=True)
+    (total, (losses, aux)), grads = accumulate(PARAMS, batch)
+    agree(((total, losses), grads), whole(PARAMS, batch))
+    np.testing.assert_array_equal(aux["first"], batch["x"][:4, 0])  # Rows are dealt out in turn.
+    np.testing.assert_array_equal(aux["rows"], [6] * 4)
+
+
+def test_checkpoint():
+    batch = draw()
+    agree(
+        jl.accumulate_value_and_grad(jax.checkpoint(loss_fn), 4)(PARAMS, batch),
+        whole(PARAMS, batch),
+    )
+
+
+def test_state_of_nnx():
+    graph, state = nnx.split(nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
+
+    def nnx_loss(state, batch):
+        logits = nnx.merge(graph, state)(batch["x"])
+        xent = jl.sparse_softmax_cross_entropy(
+            logits, batch["ids"], batch["mask"], reduction="parts"
+        )
+        return jl.LossCollector().add_loss("xent", xent)
+
+    batch = draw()
+    _, grads = jl.accumulate_value_and_grad(nnx_loss, 4)(state, batch)
+    expected = jax.grad(lambda state: nnx_loss(state, batch).get_total_loss())(state)
+    assert jax.tree.structure(grads) == jax.tree.structure(state)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_low_precision_is_summed_in_float32():
+    params = jnp.ones((), jnp.bfloat16)
+    batch = jnp.ones((512, 1), jnp.bfloat16)
+
+    def linear(w, batch):
+        return jl.LossCollector().add_loss("mean", w * batch)
+
+    # In bfloat16 the sum of 512 shares would stop at a half.
+    _, grad = jl.accumulate_value_and_grad(linear, 512)(params, batch)
+    assert grad == 1
+    assert grad.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_sharded_batches(kind):
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+    batch = draw()
+    accumulate = jax.jit(jl.accumulate_value_and_grad(loss_fn, 3))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+        params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
+        agree(accumulate(params, placed), whole(PARAMS, batch))
+        text = accumulate.lower(params, placed).compile().as_text()
+        assert "all-gather" not in text
+        assert "all-to-all" not in text
+
+
+def test_members_of_an_axis():
+    def local(params, batch):
+        return jl.accumulate_value_and_grad(lambda *a: loss_fn(*a).psum("data"), 3)(params, batch)
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (PartitionSpec(), PartitionSpec("data"))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    batch = draw()
+    agree(jax.jit(mapped)(PARAMS, batch), whole(PARAMS, batch))
+
+
+@pytest.mark.parametrize(
+    ("num_microbatches", "batch", "message"),
+    [
+        (5, draw(), "num_microbatches=5 divides, got 24"),
+        (2, {"a": np.ones(4), "b": np.ones(2)}, r"'b'\]\": \(2,\)"),
+        (2, {"a": np.ones(4), "b": np.ones(())}, r"one leading axis in common"),
+        (2, {}, "one leading axis in common"),
+    ],
+)
+def test_batches_that_cannot_be_cut(num_microbatches, batch, message):
+    with pytest.raises(ValueError, match=message):
+        jl.accumulate_value_and_grad(loss_fn, num_microbatches)(PARAMS, batch)
+
+
+def test_arguments_are_checked():
+    for wrong in (0, -1, 1.5, None):
+        with pytest.raises(ValueError, match=f"num_microbatches.*{wrong}"):
+            jl.accumulate_value_and_grad(loss_fn, wrong)
+    with pytest.raises(ValueError, match="loss_fn must return a LossCollector"):
+        jl.accumulate_value_and_grad(lambda p, b: jnp.sum(b), 2)(PARAMS, jnp.ones(4))
+
+
+def test_mean_of_means_is_wrong_and_this_is_not():
+    """What ``optax.MultiSteps`` does to mean losses on ragged masks."""
+    batch, k = draw(), 4
+
+    def mean(params, batch):
+        logits = jnp.tanh(batch["x"] @ params["a"]) @ params["b"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["ids"])
+        present = (batch["mask"] > 0).astype(jnp.float32)
+        return jnp.sum(losses * present) / jnp.sum(present)
+
+    def parts(params, batch):
+        logits = jnp.tanh(batch["x"] @ params["a"]) @ params["b"]
+        present = batch["mask"] > 0
+        xent = jl.sparse_softmax_cross_entropy(logits, batch["ids"], present, reduction="parts")
+        return jl.LossCollector().add_loss("xent", xent)
+
+    full = jax.grad(mean)(PARAMS, batch)
+    multi_steps = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=k)
+    state, params = multi_steps.init(PARAMS), PARAMS
+    for i in range(k):
+        microbatch = jax.tree.map(lambda leaf, i=i: leaf[i::k], batch)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = multi_steps.update(jax.grad(mean)(PARAMS, microbatch), state)
+        params = optax.apply_updates(params, updates)
+    theirs = jax.tree.map(lambda old, new: old - new, PARAMS, params)
+    _, ours = jl.accumulate_value_and_grad(parts, k)(PARAMS, batch)
+    chex.assert_trees_all_close(ours, full, rtol=1e-5, atol=1e-6)
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_close(theirs, full, rtol=0.1)
+
+
+def test_folding_over_a_dataset_with_a_ragged_last_batch():
+    data, size = draw(rows=22), 8
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def evaluate(batch, present):
+        logits = jnp.tanh(batch["x"] @ PARAMS["a"]) @ PARAMS["b"]
+        weights = jnp.where(present, batch["mask"], 0)
+        xent = jl.sparse_softmax_cross_entropy(logits, batch["ids"], weights, reduction="parts")
+        return jl.LossCollector().add_loss("xent", xent)
+
+    chex.clear_trace_counter()
+    batches = [
+        jl.pad_batch(jax.tree.map(lambda leaf, i=i: leaf[i : i + size], data), size)
+        for i in range(0, 22, size)
+    ]
+    folded = sum(evaluate(*batch) for batch in batches)
+    expected = loss_fn(PARAMS, data).losses["xent"]
+    chex.assert_trees_all_close(folded.losses["xent"], expected, rtol=1e-6)
+
+    def add(total, batch):
+        return total + evaluate(*batch), None
+
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    start = jax.tree.map(jnp.zeros_like, folded)
+    chex.clear_trace_counter()
+    scanned, _ = jax.lax.scan(add, start, stacked)
+    chex.assert_trees_all_close(scanned, folded, rtol=1e-6)
+
+
+def test_padding():
+    batch, present = jl.pad_batch({"a": np.ones((2, 3)), "b": jnp.ones(2)}, 4)
+    assert isinstance(batch["a"], np.ndarray)
+    assert isinstance(batch["b"], jax.Array)
+    np.testing.assert_array_equal(batch["a"], [[1] * 3] * 2 + [[0] * 3] * 2)
+    np.testing.assert_array_equal(present, [True, True, False, False])
+    same, present = jl.pad_batch(np.ones(4), 4)
+    assert present.all()
+    np.testing.assert_array_equal(same, np.ones(4))
+    with pytest.raises(ValueError, match="size must be at least the batch's 4, got 3"):
+        jl.pad_batch(np.ones(4), 3)
+    with pytest.raises(ValueError, match="one leading axis in common"):
+        jl.pad_batch([np.ones(4), np.ones(3)], 5)

@@ -1,0 +1,70 @@
+"""Several JAX processes on this machine, each with a part of the data."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parent / "examples" / "evaluate_on_pod.py"
+
+
+def run(*commands):
+    """What each of some commands, run at once, prints."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for command in commands
+    ]
+    outputs = [process.communicate(timeout=240) for process in started]
+    for process, (_, errors) in zip(started, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [output for output, _ in outputs]
+
+
+def coordinator():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def test_two_processes_agree_with_one(tmp_path):
+    rng = np.random.default_rng(0)
+    weights = rng.random(64).astype(np.float32)
+    weights[:30] = 0  # Of the first half only two count.
+    data = tmp_path / "data.npz"
+    logits = rng.normal(size=(64, 5)).astype(np.float32)
+    np.savez(data, logits=logits, labels=rng.integers(0, 5, 64).astype(np.int32), weights=weights)
+    worker, address = HERE / "worker.py", coordinator()
+    (alone,) = run([worker, address, 1, 0, data])
+    found = run(*([worker, address, 2, rank, data] for rank in (0, 1)))
+    expected = json.loads(alone)
+    assert expected[0][1] == 34
+    np.testing.assert_allclose(expected[0], expected[1], rtol=1e-6)
+    for output in found:
+        np.testing.assert_allclose(json.loads(output.splitlines()[-1]), expected, rtol=1e-6)
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="the examples are not here")
+def test_the_example_gives_the_same_table_on_two_processes():
+    address = coordinator()
+    options = ["--coordinator", address, "--num-processes", 2, "--process-id"]
+    (alone,) = run([EXAMPLE])
+    first, second = run(*([EXAMPLE, *options, rank] for rank in (0, 1)))
+    table = re.compile(r"loss .*", re.DOTALL)
+    assert "On 2 devices of 2 processes" in first
+    assert table.search(first)[0] == table.search(alone)[0]
+    assert "637" in first
+    assert "loss" not in second
