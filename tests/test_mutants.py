@@ -212,7 +212,7 @@ MUTANTS = {
     ),
     "mix the samples of a batch": (
         REGRESSION,
-        "mean = sum_of(p - y, 1) / _sample_size(p)",
+        "mean = -sum_of(y - p, 1) / _sample_size(p)",
         "mean = jnp.full(p.shape[:1], jnp.mean(p - y))",
         "mean_pairwise_squared_error",
         "a_zero_row_is_a_dropped_row",
