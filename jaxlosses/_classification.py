@@ -173,7 +173,7 @@ def sigmoid_cross_entropy(
         y = y * (1 - label_smoothing) + label_smoothing / 2
         # softplus(x) = softplus(-x) + x: the tail on the label's own side keeps its digits.
         sign = jnp.where(y > 0.5, -1, 1).astype(x.dtype)
-        return jax.nn.softplus(sign * x) + x * jnp.where(y > 0.5, 1 - y, -y)
+        return _softplus(sign * x) + x * jnp.where(y > 0.5, 1 - y, -y)
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
@@ -311,6 +311,15 @@ def sparse_softmax_cross_entropy(
 
     inputs = [logits, labels]
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+
+
+@jax.custom_jvp
+def _softplus(x: Array) -> Array:
+    return jax.nn.softplus(x)
+
+
+# JAX's own rule evaluates the softplus once more.
+_softplus.defjvps(lambda dx, _, x: jax.nn.sigmoid(x) * dx)
 
 
 @jax.custom_jvp

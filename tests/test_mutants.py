@@ -184,7 +184,7 @@ MUTANTS = {
     ),
     "logarithm of a sigmoid": (
         CLASSES,
-        "jax.nn.softplus(sign * x)",
+        "_softplus(sign * x)",
         "-jnp.log(jax.nn.sigmoid(-sign * x))",
         "sigmoid_cross_entropy",
         "finite_at_extremes_and_at_a_perfect_fit",

@@ -1,0 +1,102 @@
+"""What the compiled programs hold, and the sums where no block divides them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arguments import cases
+
+import jaxlosses as jl
+
+CASES = cases(jl)
+SIZE = 4096
+
+
+def compiled(name, dtype=jnp.float32, weights_dtype=jnp.float32, differentiate=False):
+    """A loss of 4096 by 4096 numbers, on one device, nothing run."""
+    case = CASES[name]
+    arguments = [
+        jax.ShapeDtypeStruct((SIZE,), jnp.int32)
+        if held.domain == "class id"
+        else jax.ShapeDtypeStruct((SIZE, SIZE), dtype)
+        for held in case.inputs.values()
+    ]
+    by_row = any(held.inner for held in case.inputs.values())
+    weights = jax.ShapeDtypeStruct((SIZE,) if by_row else (SIZE, SIZE), weights_dtype)
+    loss = jax.value_and_grad(case.loss) if differentiate else case.loss
+    return jax.jit(loss).lower(*arguments, weights).compile()
+
+
+@pytest.mark.parametrize("differentiate", [False, True], ids=["value", "gradient"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("name", CASES)
+def test_temporaries_are_small(name, dtype, differentiate):
+    """No copy of an input, in float32 or otherwise, and no array of losses."""
+    for weights_dtype in (jnp.float32, jnp.bool_):
+        program = compiled(name, dtype, weights_dtype, differentiate)
+        assert program.memory_analysis().temp_size_in_bytes < 2**20
+
+
+def test_a_sum_has_the_fast_form_too():
+    """Its count is unused, and what is unused is removed, the form of the sum with it."""
+    inputs = [jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)] * 3
+    for reduction in ("sum", "average"):
+
+        def loss(*arguments, reduction=reduction):
+            return jl.mean_squared_error(*arguments, reduction=reduction)
+
+        program = jax.jit(loss).lower(*inputs).compile()
+        assert program.memory_analysis().temp_size_in_bytes < 2**20
+
+
+SHAPES = [
+    (),
+    (1,),
+    (4095,),
+    (4097,),
+    (3, 5, 7, 11),
+    (257, 300),
+    (300, 257),
+    (7, 1, 4099),
+    (2, 1_000_001),
+    (1_000_001, 2),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_of_any_shape(shape):
+    rng = np.random.default_rng(0)
+    losses = np.asarray(rng.normal(size=shape), np.float32)
+    full = np.asarray(rng.random(shape) * (rng.random(shape) > 0.3), np.float32)
+    rows = full[(slice(None), *(slice(1) for _ in shape[1:]))] if shape else full
+    columns = full[..., :1] if shape else full
+    for weights in (1.0, full, full > 0, rows, columns):
+        w = np.asarray(weights, np.float64)
+        w = np.broadcast_to(w.reshape(w.shape + (1,) * (len(shape) - w.ndim)), shape)
+        total, count = (w * losses).sum(), (w != 0).sum()
+        scale = np.abs(w * losses).sum() + 1e-30
+        parts = jl.compute_weighted_loss(losses, weights, reduction="parts")
+        assert float(parts.count) == count
+        np.testing.assert_allclose(parts.total, total, rtol=0, atol=2e-7 * scale)
+        value = jl.compute_weighted_loss(losses, weights, reduction="sum")
+        np.testing.assert_allclose(value, total, rtol=0, atol=2e-7 * scale)
+
+
+@pytest.mark.parametrize("shape", [(3, 1_000_001), (1_000_001, 3), (1, 4097), (5, 2, 3)], ids=str)
+def test_rows_of_any_length(shape):
+    """Reductions within a loss are the kernel's as well."""
+    logits = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    labels = np.zeros(shape[:-1], np.int32)
+    losses = jl.sparse_softmax_cross_entropy(logits, labels, reduction="none")
+    exact = logits.astype(np.float64)
+    expected = np.log(np.exp(exact).sum(-1)) - exact[..., 0]
+    # A sum of exponentials near 1 has no more digits for its logarithm than float32 has there.
+    np.testing.assert_allclose(losses, expected, rtol=2e-6, atol=2e-7)
+
+
+def test_counts_are_of_integers():
+    """A float32 that counts by one stops at 2**24."""
+    keep = jnp.ones(2**24 + 2, bool)
+    parts = jl.compute_weighted_loss(jnp.ones(keep.shape), keep, reduction="parts")
+    assert parts.count == 2**24 + 2
+    assert parts.total == 2**24 + 2
