@@ -38,7 +38,8 @@ def accumulate_value_and_grad(
             pair of it and any pytree of arrays. Add means with ``reduction="parts"``.
         num_microbatches: How many microbatches a batch is cut into. Microbatch ``i`` holds the
             rows ``i``, ``i + num_microbatches``, ..., so that a batch whose rows are sharded over
-            devices is cut without moving a row.
+            devices is cut without moving a row. (On an Explicit mesh a microbatch must have rows
+            for every device.)
         has_aux: Whether ``loss_fn`` returns a pair.
 
     Returns:
@@ -50,8 +51,9 @@ def accumulate_value_and_grad(
 
     Raises:
         ValueError: if ``num_microbatches`` is no positive integer, and from the returned function,
-            if the leading axes of the batch differ (naming them) or are no multiple of it, or
-            ``loss_fn`` returns no ``LossCollector``.
+            if the leading axes of the batch differ (naming them) or are no multiple of it,
+            ``loss_fn`` returns no ``LossCollector`` (with ``has_aux``, no pair), or a loss has an
+            axis over the rows of the batch, so that microbatches have no mean in common.
 
     Example:
         >>> import jax.numpy as jnp
@@ -69,6 +71,8 @@ def accumulate_value_and_grad(
         raise ValueError(f"num_microbatches must be positive, got {num_microbatches}")
 
     def split_aux(result: Any) -> tuple[LossCollector, Any]:
+        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError(f"loss_fn must return a pair, got {type(result).__name__}")
         losses, aux = result if has_aux else (result, ())
         if not isinstance(losses, LossCollector):
             raise ValueError(f"loss_fn must return a LossCollector, got {type(losses).__name__}")
@@ -83,6 +87,7 @@ def accumulate_value_and_grad(
 
         _, counts = jax.lax.scan(count, None, microbatches)
         whole = _sum(counts)
+        _check_shapes(whole, jax.eval_shape(lambda *a: split_aux(loss_fn(*a))[0], params, batch))
 
         def share(params: Any, microbatch: Any) -> tuple[Array, tuple[LossCollector, Any]]:
             losses, aux = split_aux(loss_fn(params, microbatch))
@@ -107,7 +112,7 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, Any]:
     So the last batch of a dataset has the shape of the others, and nothing is compiled twice.
 
     Args:
-        batch: A pytree of arrays (NumPy's stay NumPy's) with one leading axis in common.
+        batch: A pytree of arrays of numbers (NumPy's stay NumPy's) with one leading axis in common.
         size: The length of that axis to pad to, with zeros at the end.
 
     Returns:
@@ -124,7 +129,7 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, Any]:
         2.0
     """
     rows = _num_rows(batch)
-    if rows > size:
+    if rows > check_integer("size", size):
         raise ValueError(f"size must be at least the batch's {rows}, got {size}")
 
     def pad(leaf: Any) -> Any:
@@ -158,6 +163,11 @@ def _split(batch: Any, num_microbatches: int) -> Any:
         return jnp.swapaxes(pairs, 0, 1)
 
     return jax.tree.map(cut, batch)
+
+
+def _check_shapes(microbatch: LossCollector, batch: LossCollector) -> None:
+    """Two collectors of other shapes would not be merged either."""
+    jax.eval_shape(LossCollector.merge, microbatch, batch)
 
 
 def _with_totals(counts: LossCollector, totals: LossCollector) -> LossCollector:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -36,10 +37,6 @@ class LossCollector:
     ``WeightedMean`` may have axes (the layers of a ``scan``): each element is a loss of its own,
     and a total sums them.
 
-    Attributes:
-        losses: The undivided means by name, in alphabetical order.
-        regularization_losses: Those of the parameters.
-
     Example:
         >>> import jax.numpy as jnp
         >>> import jaxlosses as jl
@@ -56,8 +53,18 @@ class LossCollector:
         total           0.7131
     """
 
-    losses: Mapping[str, WeightedMean] = dataclasses.field(default_factory=dict)
-    regularization_losses: Mapping[str, WeightedMean] = dataclasses.field(default_factory=dict)
+    _losses: dict[str, WeightedMean] = dataclasses.field(default_factory=dict)
+    _regularization_losses: dict[str, WeightedMean] = dataclasses.field(default_factory=dict)
+
+    @property
+    def losses(self) -> Mapping[str, WeightedMean]:
+        """The undivided means by name, in alphabetical order."""
+        return MappingProxyType(self._losses)
+
+    @property
+    def regularization_losses(self) -> Mapping[str, WeightedMean]:
+        """Those of the parameters."""
+        return MappingProxyType(self._regularization_losses)
 
     def add_loss(self, name: str, value: ArrayLike | WeightedMean) -> LossCollector:
         """This collector with one more loss.
@@ -78,13 +85,12 @@ class LossCollector:
             >>> print(jl.LossCollector().add_loss("aux", 2.0).get_total_loss())
             2.0
         """
-        losses = self._with(self.losses, name, value)
-        return dataclasses.replace(self, losses=losses)
+        return dataclasses.replace(self, _losses=self._with(self._losses, name, value))
 
     def add_regularization_loss(self, name: str, value: ArrayLike | WeightedMean) -> LossCollector:
         """This collector with one more loss of the parameters; as :meth:`add_loss`."""
-        losses = self._with(self.regularization_losses, name, value)
-        return dataclasses.replace(self, regularization_losses=losses)
+        losses = self._with(self._regularization_losses, name, value)
+        return dataclasses.replace(self, _regularization_losses=losses)
 
     def regularize(self, params: Any, regularizers: Mapping[str, Regularizer]) -> LossCollector:
         """This collector with a regularization loss for each pattern, under the pattern's name.
@@ -107,8 +113,14 @@ class LossCollector:
             >>> print(losses.get_total_loss())
             6.0
         """
+        if not isinstance(regularizers, Mapping):
+            raise ValueError(
+                f"regularizers must be a mapping of patterns, got {type(regularizers).__name__}"
+            )
         collector = self
         for pattern, regularizer in regularizers.items():
+            if not callable(regularizer):
+                raise ValueError(f"the regularizer of {pattern!r} must be a function")
             values = [regularizer(leaf) for leaf in matching_parameters(params, pattern)]
             for value in values:
                 if jnp.shape(value):
@@ -156,7 +168,8 @@ class LossCollector:
         """The means over what both have counted; ``losses + other`` is the same.
 
         Raises:
-            ValueError: if ``other`` is no ``LossCollector`` of the same names, saying which differ.
+            ValueError: if ``other`` is no ``LossCollector`` of the same names and shapes, saying
+                which differ.
         """
         if not isinstance(other, LossCollector):
             raise ValueError(f"other must be a LossCollector, got {type(other).__name__}")
@@ -169,7 +182,11 @@ class LossCollector:
                     f"only the first has {sorted(mine.keys() - theirs.keys())}, "
                     f"only the second has {sorted(theirs.keys() - mine.keys())}"
                 )
-            merged[field] = {name: mean + theirs[name] for name, mean in mine.items()}
+            for name in mine:
+                shapes = [jnp.shape(means[name].total) for means in (mine, theirs)]
+                if shapes[0] != shapes[1]:
+                    raise ValueError(f"{name} must have one shape to be merged, got {shapes}")
+            merged[f"_{field}"] = {name: mean + theirs[name] for name, mean in mine.items()}
         return LossCollector(**merged)
 
     __add__ = merge
@@ -187,17 +204,24 @@ class LossCollector:
 
         The elements of a loss with axes are ``name/0``, ``name/1``, ...
 
+        Raises:
+            ValueError: if such an element has the name of another loss.
+
         Example:
             >>> import jaxlosses as jl
             >>> {k: float(v) for k, v in jl.LossCollector().add_loss("aux", 2.0).to_dict().items()}
-            {'aux': 2.0, 'total_loss': 2.0}
+            {'total_loss': 2.0, 'aux': 2.0}
         """
-        rows = (*_rows(self.losses, "/{}"), *_rows(self.regularization_losses, "/{}"))
-        return {name: value for name, value, _ in rows} | {TOTAL: self.get_total_loss()}
+        flat = {TOTAL: self.get_total_loss()}
+        for name, value, _ in _rows({**self._losses, **self._regularization_losses}, "/{}"):
+            if name in flat:
+                raise ValueError(f"{name!r} is the name of two values")
+            flat[name] = value
+        return flat
 
     def __str__(self) -> str:
         """A table of current values: name, value, and how many losses counted."""
-        if not _is_concrete(self):
+        if not all(map(_is_concrete, (self._losses | self._regularization_losses).values())):
             return repr(self)
         lines = [("loss", "value", "count")]
         lines += [_line(*row) for row in _rows(self.losses, "[{}]")]
@@ -258,10 +282,10 @@ def _line(name: str, value: Array, count: Array) -> tuple[str, str, str]:
     return name, f"{float(value):.4g}", f"{float(count):,.0f}"
 
 
-def _is_concrete(tree: Any) -> bool:
-    """Whether all leaves are arrays with values, not traced, nor what tree functions put there."""
-    leaves = jax.tree.leaves(tree)
-    return all(isinstance(x, Array | np.ndarray) and not isinstance(x, Tracer) for x in leaves)
+def _is_concrete(mean: WeightedMean) -> bool:
+    """Whether it holds arrays with values, not traced, nor what tree functions put there."""
+    parts = (mean.total, mean.count)
+    return all(isinstance(x, Array | np.ndarray) and not isinstance(x, Tracer) for x in parts)
 
 
 def _show(mean: WeightedMean) -> str:
@@ -269,4 +293,5 @@ def _show(mean: WeightedMean) -> str:
         shown = ", ".join(f"{float(value):.4g}" for value in jnp.ravel(mean.value))
         return f"[{shown}]" if mean.value.ndim else shown
     leaf: Any = mean.total
-    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else repr(leaf)
+    is_shaped = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    return f"{leaf.dtype}{list(leaf.shape)}" if is_shaped else repr(leaf)

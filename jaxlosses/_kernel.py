@@ -1,9 +1,9 @@
 """Everything that knows what a weight is: alignment, masking, the reduction and its derivatives.
 
-A loss hands over its formula and its inputs; nothing here knows a loss by name. The forward pass
-evaluates the formula on the raw inputs and selects the losses that count, which fuses into one
-pass. The derivative rule selects the inputs as well, before the formula is differentiated, because
-zero times an infinite slope is NaN.
+A loss hands over its formula and its inputs; nothing here knows a loss by name. The formula is
+evaluated on the raw inputs, and the losses that count are selected, weighed and summed in one pass
+over memory. Its derivative is a product with slopes that are selected and weighed in the same way,
+because zero times an infinite slope is NaN.
 """
 
 from __future__ import annotations
@@ -121,10 +121,10 @@ def as_array(name: str, value: Any) -> Array:
     """``value`` as a real array; ``ValueError`` naming the argument if it is none."""
     if not isinstance(value, _ARRAYS):
         raise ValueError(f"{name} must be an array or a number, got {type(value).__name__}")
-    array = jnp.asarray(value)
-    if jnp.issubdtype(array.dtype, jnp.complexfloating) or not _is_number(array):
-        raise ValueError(f"{name} must be real, got dtype {array.dtype}")
-    return array
+    dtype = getattr(value, "dtype", np.dtype(type(value)))
+    if jnp.issubdtype(dtype, jnp.complexfloating) or not _is_number(dtype):
+        raise ValueError(f"{name} must be real, got dtype {dtype}")
+    return jnp.asarray(value)
 
 
 def as_floats(**arrays: ArrayLike) -> list[Array]:
@@ -465,8 +465,8 @@ def _is_float(array: Array) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def _is_number(array: Array) -> bool:
-    return any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.number, jnp.bool_))
+def _is_number(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_))
 
 
 def check_axis(name: str, axis: int, ndim: int) -> int:

@@ -24,7 +24,8 @@ class WeightedMean:
     Means of microbatches, of a ragged last batch, of devices and of hosts are not the mean of
     their means; the mean of the whole is the sum of totals over the sum of counts. Every loss
     returns this with ``reduction="parts"``. It is a pytree, so it passes through ``jit``,
-    ``scan``, ``vmap`` and ``grad``.
+    ``scan``, ``vmap`` and ``grad``. Sums have the precision of their dtype: a float32 that grows by
+    small steps past $2^{24}$ loses them, so add up millions of batches in groups.
 
     Attributes:
         total: Sum of the weighted losses; any floating-point array, usually a scalar.
@@ -51,11 +52,16 @@ class WeightedMean:
         """The mean over what both have counted; ``mean + other`` is the same.
 
         Raises:
-            ValueError: if ``other`` is not a ``WeightedMean``.
+            ValueError: if ``other`` is not a ``WeightedMean`` of the same shape.
         """
         if not isinstance(other, WeightedMean):
             raise ValueError(
                 f"other must be a WeightedMean to be merged, got {type(other).__name__}"
+            )
+        if jnp.shape(self.total) != jnp.shape(other.total):
+            raise ValueError(
+                f"other must have the shape {jnp.shape(self.total)} to be merged, "
+                f"got {jnp.shape(other.total)}"
             )
         return WeightedMean(jnp.add(self.total, other.total), jnp.add(self.count, other.count))
 

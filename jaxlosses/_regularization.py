@@ -8,10 +8,12 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jaxlosses._kernel import check_number
 from jaxlosses._regression import absolute_difference, mean_squared_error
 
 Regularizer: TypeAlias = Callable[[ArrayLike], Array]
@@ -79,11 +81,16 @@ def matching_parameters(params: Any, pattern: str) -> list[Array]:
         ValueError: if the pattern is no regular expression, or matches none of them.
     """
     search = as_pattern("pattern", pattern).search
-    named = [
-        (_path_of(path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating)
-    ]
+    named, seen = [], set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable):
+        # An nnx module that two others share holds one parameter, whatever its paths.
+        if _is_variable(leaf):
+            if id(leaf) in seen:
+                continue
+            seen.add(id(leaf))
+            leaf = leaf.get_value()
+        if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating):
+            named.append((_path_of(path), leaf))
     matched = [leaf for path, leaf in named if search(path)]
     if not matched:
         raise ValueError(
@@ -102,8 +109,12 @@ def as_pattern(name: str, pattern: str) -> re.Pattern[str]:
         ) from error
 
 
+def _is_variable(x: Any) -> bool:
+    return hasattr(x, "get_value")  # Of nnx, which only jaxlosses.flax may import.
+
+
 def _path_of(path: tuple[Any, ...]) -> str:
-    # Flax's boxes (nnx variables, linen's metadata) hold their array as an attribute "value".
+    # Linen's boxes of metadata hold their array as an attribute "value".
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
@@ -111,5 +122,6 @@ def _path_of(path: tuple[Any, ...]) -> str:
 
 def _check_scale(scale: float) -> None:
     # A scale may be traced (a schedule): then there is no value to check.
-    if not isinstance(scale, Tracer) and not scale >= 0:
-        raise ValueError(f"scale must not be negative, got {scale}")
+    if not isinstance(scale, Tracer):
+        is_array = isinstance(scale, Array | np.ndarray) and scale.ndim == 0
+        check_number("scale", float(scale) if is_array else scale)

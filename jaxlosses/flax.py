@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -48,18 +49,19 @@ def sow_loss(
     """Leave a loss in the state of a module, from within one of its methods.
 
     linen: in the collection ``losses`` (or ``regularization_losses``), where it is mutable and not
-    in ``init``; losses of an earlier call that are still in the variables are dropped, not added
-    to. nnx: within :func:`capture`. Elsewhere nothing happens.
+    in ``init``; a loss of an earlier call that is still in the variables is replaced, not added to.
+    nnx: within :func:`capture`. Elsewhere nothing happens.
 
     Args:
         module: The module, of linen or of nnx.
-        name: The name of the loss within the module; no attribute or submodule has it.
+        name: The name of the loss within the module, without ``/``; no attribute or submodule has
+            it.
         value: A scalar, an array of losses, all of which count, or a ``WeightedMean``.
         regularization: Whether it is a loss of the parameters.
 
     Raises:
-        ValueError: if ``module`` is no Flax module, the name is taken by something else, or the
-            value is no real array.
+        ValueError: if ``module`` is no Flax module, the name has a ``/`` or is taken by something
+            else, or the value is no real array.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -74,16 +76,20 @@ def sow_loss(
         >>> print(losses.get_losses())
         {'activity': Array(1., dtype=float32)}
     """
+    if not isinstance(name, str) or not name or "/" in name:
+        raise ValueError(f"name must be a non-empty string without '/', got {name!r}")
     mean = as_mean(name, value)
     if isinstance(module, nn.Module):
         if not module.is_initializing():
             add = functools.partial(_Sown.add, run=_current_run())
             module.sow(_COLLECTIONS[regularization], name, mean, reduce_fn=add, init_fn=_Sown)
     elif isinstance(module, nnx.Module):
-        if hasattr(module, name):
-            raise ValueError(f"name {name!r} is taken by an attribute of {type(module).__name__}")
-        if hasattr(module, "__captures__"):  # Outside of a capture, Flax would warn.
-            variable = _VARIABLES[regularization]
+        variable, captures = _VARIABLES[regularization], getattr(module, "__captures__", None)
+        others = (sown for sown in captures or () if type(sown) is not variable)
+        # Flax would let one of the two overwrite the other.
+        if hasattr(module, name) or any(name in sown for sown in others):
+            raise ValueError(f"name {name!r} is taken by something else of {type(module).__name__}")
+        if captures is not None:  # Outside of a capture, Flax would warn.
             module.sow(variable, name, mean, reduce_fn=_Sown.add, init_fn=_Sown)
     else:
         raise ValueError(f"module must be a Flax module, got {type(module).__name__}")
@@ -113,14 +119,24 @@ def collect(state: Any, *, expected: Any = None) -> LossCollector:
         >>> print(jlf.collect(state, expected=["activity"]).get_losses())
         {'activity': Array(1., dtype=float32)}
     """
-    if isinstance(expected, str):
-        raise ValueError(f"expected must be names, got the string {expected!r}")
+    return _collect(_sown_in(state), _check_expected(expected))
+
+
+def _check_expected(expected: Any) -> tuple[str, ...]:
+    if isinstance(expected, str) or not isinstance(expected, Iterable | type(None)):
+        raise ValueError(f"expected must be names, got {expected!r}")
+    return tuple(expected or ())
+
+
+def _collect(
+    sown_losses: Iterable[tuple[bool, str, Any]], expected: tuple[str, ...]
+) -> LossCollector:
     collector = LossCollector()
-    for regularization, name, sown in _sown_in(state):
+    for regularization, name, sown in sown_losses:
         add = collector.add_regularization_loss if regularization else collector.add_loss
         collector = add(name, _mean_of(name, sown))
     names = {*collector.losses, *collector.regularization_losses}
-    missing = sorted(set(expected or ()) - names)
+    missing = sorted(set(expected) - names)
     if missing:
         raise ValueError(
             f"expected losses {missing} were not sown, only {sorted(names)}. In linen, are "
@@ -135,8 +151,9 @@ def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., An
     """Run a function and collect the losses that its module sows.
 
     Args:
-        fn: An nnx module, a method of one, or a function whose first argument is one; or the
-            method ``apply`` of a linen module, whose collections of losses need no ``mutable``.
+        fn: An nnx module, a method of one, or a function of nnx modules, among other arguments
+            (the names of several begin with their place); or the method ``apply`` of a linen
+            module, whose collections of losses need no ``mutable`` and start empty.
         expected: As in :func:`collect`.
 
     Returns:
@@ -159,16 +176,18 @@ def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., An
         >>> print(y, losses.get_total_loss())
         [2. 2. 2.] 1.0
     """
+    expected = _check_expected(expected)
     owner = fn if isinstance(fn, nnx.Module) else getattr(fn, "__self__", None)
 
     @functools.wraps(fn)
     def captured(*args: Any, **kwargs: Any) -> tuple[Any, LossCollector]:
         if isinstance(owner, nn.Module):
-            result, state = _apply(fn, *args, **kwargs)
+            result, *states = _apply(fn, *args, **kwargs)
         else:
-            module = owner if isinstance(owner, nnx.Module) else next(iter(args), None)
-            result, state = _capture(module, fn, *args, **kwargs)
-        return result, collect(state, expected=expected)
+            arguments = (owner, *args, *kwargs.values())
+            modules = tuple(a for a in arguments if isinstance(a, nnx.Module))
+            result, *states = _capture(modules, fn, *args, **kwargs)
+        return result, _collect(itertools.chain(*map(_sown_in, states)), expected)
 
     return captured
 
@@ -180,31 +199,32 @@ def _apply(
     if apply.__name__ != "apply":
         raise ValueError(f"fn of a linen module must be its apply, got {apply.__name__}")
     ours = union_filters(mutable, list(_COLLECTIONS.values()))
+    variables = {k: v for k, v in variables.items() if k not in _COLLECTIONS.values()}
     result, state = apply(variables, *args, mutable=ours, **kwargs)
     others = {k: v for k, v in state.items() if k not in _COLLECTIONS.values()}
     return (result if mutable is False else (result, others)), state
 
 
-def _capture(module: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+def _capture(modules: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """``nnx.capture`` that leaves nothing on the modules and loses no outer capture."""
-    if not isinstance(module, nnx.Module):
+    if not modules:
         raise ValueError(
-            f"fn must be an nnx module, a method of one, the apply of a linen module, or a "
-            f"function whose first argument is an nnx module; got {fn!r} and {module!r}"
+            "fn must be an nnx module, a method of one, a function of nnx modules, or the apply "
+            "of a linen module"
         )
-    if any(hasattr(m, "__captures__") for _, m in nnx.iter_modules(module)):
-        raise ValueError(
-            f"module {type(module).__name__} is being captured already, or nnx.capture raised and "
-            f"left its captures there; capture once, around everything"
-        )
+    for _, module in nnx.iter_modules(modules):
+        if hasattr(module, "__captures__"):
+            raise ValueError(
+                f"module {type(module).__name__} is being captured already, or nnx.capture raised "
+                f"and left its captures there; capture once, around everything"
+            )
     try:
         run = nnx.capture(lambda _: fn(*args, **kwargs), Loss, RegularizationLoss)
-        result, *states = run(module)
+        return run(modules[0] if len(modules) == 1 else modules)
     finally:
-        for _, m in nnx.iter_modules(module):
-            if hasattr(m, "__captures__"):
-                del m.__captures__
-    return result, nnx.merge_state(*states)
+        for _, module in nnx.iter_modules(modules):
+            if hasattr(module, "__captures__"):
+                del module.__captures__
 
 
 @jax.tree_util.register_pytree_node_class
@@ -220,6 +240,8 @@ class _Sown:
     run: Any = None
 
     def add(self, mean: WeightedMean, run: Any = None) -> _Sown:
+        if not isinstance(self, _Sown):
+            raise ValueError("name must not be used by the module's own sow as well")
         return _Sown((*self.means, mean) if self.run == run else (mean,), run)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], _AnyRun]:

@@ -207,6 +207,28 @@ def test_arguments_are_checked():
             jl.accumulate_value_and_grad(loss_fn, wrong)
     with pytest.raises(ValueError, match="loss_fn must return a LossCollector"):
         jl.accumulate_value_and_grad(lambda p, b: jnp.sum(b), 2)(PARAMS, jnp.ones(4))
+    with pytest.raises(ValueError, match="loss_fn must return a pair"):
+        jl.accumulate_value_and_grad(loss_fn, 2, has_aux=True)(PARAMS, draw())
+
+
+def test_axes_of_a_loss():
+    """Of layers: each is a mean of its own. Of examples: they have none in common."""
+
+    def layers(w, batch):
+        means = jax.vmap(
+            lambda scale: jl.compute_weighted_loss(scale * w * batch, reduction="parts")
+        )
+        return jl.LossCollector().add_loss("layers", means(jnp.arange(3.0)))
+
+    (total, losses), grad = jl.accumulate_value_and_grad(layers, 4)(2.0, jnp.arange(8.0))
+    np.testing.assert_allclose(losses.get_losses()["layers"], 7 * jnp.arange(3.0))
+    assert (total, grad) == (21, 10.5)
+
+    def examples(w, batch):
+        return jax.vmap(lambda x: jl.LossCollector().add_loss("example", w * x))(batch)
+
+    with pytest.raises(ValueError, match=r"example must have one shape.*\(2,\), \(8,\)"):
+        jl.accumulate_value_and_grad(examples, 4)(2.0, jnp.arange(8.0))
 
 
 def test_mean_of_means_is_wrong_and_this_is_not():
@@ -281,5 +303,7 @@ def test_padding():
     np.testing.assert_array_equal(same, np.ones(4))
     with pytest.raises(ValueError, match="size must be at least the batch's 4, got 3"):
         jl.pad_batch(np.ones(4), 3)
+    with pytest.raises(ValueError, match="size must be an integer"):
+        jl.pad_batch(np.ones(4), 8.0)
     with pytest.raises(ValueError, match="one leading axis in common"):
         jl.pad_batch([np.ones(4), np.ones(3)], 5)

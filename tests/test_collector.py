@@ -1,5 +1,8 @@
 """LossCollector and the regularizers."""
 
+import copy
+import pickle
+
 import chex
 import flax.linen as nn
 import jax
@@ -72,6 +75,10 @@ def test_adding_leaves_the_old_one_alone():
     assert list(first.get_losses()) == ["a"]
     with pytest.raises(AttributeError):
         first.losses = {}
+    with pytest.raises(TypeError):
+        first.losses["b"] = first.losses["a"]
+    chex.assert_trees_all_equal(pickle.loads(pickle.dumps(first)), first)
+    chex.assert_trees_all_equal(copy.deepcopy(first), first)
 
 
 @pytest.mark.parametrize("name", ["", "total_loss", None, 3])
@@ -87,7 +94,9 @@ def test_a_name_twice_is_refused():
             add("a", 2.0)
 
 
-@pytest.mark.parametrize("value", [None, "1", [1.0], jnp.ones(2, jnp.complex64)])
+@pytest.mark.parametrize(
+    "value", [None, "1", [1.0], jnp.ones(2, jnp.complex64), np.array("a"), np.array([None])]
+)
 def test_bad_values(value):
     with pytest.raises(ValueError, match="aux"):
         jl.LossCollector().add_loss("aux", value)
@@ -127,6 +136,9 @@ def test_merging_other_names_is_refused():
         a.merge(b)
     with pytest.raises(ValueError, match=r"regularization_losses.*second has \['l2'\]"):
         a + a.add_regularization_loss("l2", 1.0)
+    array = jl.LossCollector().add_loss("a", jl.WeightedMean(jnp.ones(3), jnp.ones(3)))
+    with pytest.raises(ValueError, match=r"a must have one shape.*\(\), \(3,\)"):
+        a + array
     for other in (None, 1.0, 1):
         with pytest.raises(ValueError, match="LossCollector"):
             a + other
@@ -206,6 +218,9 @@ def test_repr_says_what_it_can():
     jax.jit(lambda x: seen.append(str(collector(x))))(2.0)
     assert "encoder/layers: float32[2]" in seen[-1]
     assert "scalar: object" in repr(jax.tree.map(lambda _: "object", collector())).replace("'", "")
+    for leaf in (None, jnp.float32, jnp.dtype("float32"), jax.ShapeDtypeStruct((), jnp.float32)):
+        mapped = jax.tree.map(lambda _, leaf=leaf: leaf, collector())
+        assert repr(mapped) == str(mapped)
 
 
 def test_flat_view_for_loggers():
@@ -220,6 +235,13 @@ def test_flat_view_for_loggers():
         "total_loss": 21.5,
     }
     assert all(value.shape == () for value in jax.jit(collector().to_dict)().values())
+
+
+def test_flat_names_that_collide_are_refused():
+    layers = jl.WeightedMean(jnp.ones(2), jnp.ones(2))
+    losses = jl.LossCollector().add_loss("a", layers).add_loss("a/0", 1.0)
+    with pytest.raises(ValueError, match="'a/0' is the name of two values"):
+        losses.to_dict()
 
 
 def test_checkpoints(tmp_path):
@@ -242,6 +264,9 @@ def test_regularizers_are_tensorflows():
         assert regularizer(1.0)(w.astype(jnp.bfloat16)).dtype == jnp.float32
         with pytest.raises(ValueError, match=r"scale.*-1"):
             regularizer(-1.0)
+        with pytest.raises(ValueError, match="scale"):
+            regularizer(jnp.ones(2))
+        assert regularizer(jnp.float32(2))(w) == regularizer(2.0)(w)
         assert jax.jit(lambda s, r=regularizer: r(s)(w))(2.0) == regularizer(2.0)(w)
 
 
@@ -268,6 +293,31 @@ def test_patterns_that_cannot_be_meant():
         empty.regularize(PARAMS, {"[": jl.l2_regularizer(1.0)})
     with pytest.raises(ValueError, match=r"'head' must return a scalar.*\(1, 1\)"):
         empty.regularize(PARAMS, {"head": jnp.abs})
+    with pytest.raises(ValueError, match="regularizer of 'head' must be a function"):
+        empty.regularize(PARAMS, {"head": 0.1})
+    with pytest.raises(ValueError, match="regularizers must be a mapping"):
+        empty.regularize(PARAMS, jl.l2_regularizer(1.0))
+
+
+def test_a_shared_parameter_counts_once():
+    class Tied(nnx.Module):
+        def __init__(self):
+            self.encoder = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+            self.decoder = self.encoder
+
+    def total(model):
+        return (
+            jl.LossCollector()
+            .regularize(model, {"kernel": jl.l2_regularizer(1.0)})
+            .get_total_loss()
+        )
+
+    model = Tied()
+    kernel = model.encoder.kernel[...]
+    np.testing.assert_allclose(total(model), jnp.sum(jnp.square(kernel)) / 2, rtol=1e-6)
+    np.testing.assert_allclose(total(nnx.state(model)), total(model))
+    slope = nnx.grad(total)(model)
+    np.testing.assert_allclose(jax.tree.leaves(slope["decoder"])[-1], kernel, rtol=1e-6)
 
 
 def test_patterns_know_the_paths_of_flax():

@@ -383,6 +383,8 @@ def test_nnx_capture_of_a_function_a_method_and_a_module():
     ]
     for losses in found[1:]:
         chex.assert_trees_all_equal(losses, found[0])
+    several = jlf.capture(lambda x, m, other: other(m(x)))(X, model, Layer())[1]
+    assert {"0/layers/0/square", "0/layers/1/square", "1/square"} < set(several.losses)
     for fn, args in ((lambda x: model(x), (X,)), (jnp.sum, (X,)), (lambda: None, ())):
         with pytest.raises(ValueError, match="fn must be an nnx module"):
             jlf.capture(fn)(*args)
@@ -428,8 +430,13 @@ def test_expected_losses():
     jlf.capture(model, expected=["layers/0/square", "layers/1/l2"])(X)
     with pytest.raises(ValueError, match=r"\['layer/0/square'\] were not sown.*layers/0/square"):
         jlf.capture(model, expected=["layer/0/square"])(X)
-    with pytest.raises(ValueError, match="expected must be names"):
-        jlf.capture(model, expected="layers/0/square")(X)
+    for wrong in ("layers/0/square", 3):
+        with pytest.raises(ValueError, match="expected must be names"):
+            jlf.capture(model, expected=wrong)
+    captured = jlf.capture(model, expected=(name for name in ["nowhere"]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="nowhere"):
+            captured(X)
 
 
 @pytest.mark.parametrize("state", [None, (X, {}), [1], X])
@@ -453,6 +460,9 @@ def test_what_cannot_be_sown():
         ("layer", 1.0, "'layer' is taken"),
         ("aux", "1", "aux must be"),
         ("", 1.0, "name must be"),
+        ("a/b", 1.0, "name must be"),
+        (3, 1.0, "name must be"),
+        (None, 1.0, "name must be"),
     ):
         with pytest.raises(ValueError, match=message):
             jlf.capture(Bad(name, value))()
@@ -465,3 +475,39 @@ def test_what_cannot_be_sown():
 
     with pytest.raises(ValueError, match='Duplicate use of scope name: "dense"'):
         applied(Linen(), {"params": {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}})
+
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.sow("losses", "aux", 1.0)
+            jlf.sow_loss(self, "aux", 1.0)
+
+    with pytest.raises(ValueError, match="own sow"):
+        applied(Both(), {})
+
+
+def test_one_name_for_two_kinds_is_refused():
+    class Nnx(nnx.Module):
+        def __call__(self):
+            jlf.sow_loss(self, "aux", 1.0)
+            jlf.sow_loss(self, "aux", 10.0, regularization=True)
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            Nnx.__call__(self)
+
+    for sows, arguments in ((Nnx(), ()), (Linen().apply, ({}, X))):
+        with pytest.raises(ValueError, match="'aux' is taken"):
+            jlf.capture(sows)(*arguments)
+
+
+def test_linen_capture_starts_empty():
+    class Sometimes(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            if train:
+                jlf.sow_loss(self, "aux", 100.0)
+
+    _, state = Sometimes().apply({}, X, True, mutable=COLLECTIONS)
+    assert jlf.capture(Sometimes().apply)(state, X, False)[1].losses == {}

@@ -1,5 +1,7 @@
 """The lift, WeightedMean, and what belongs to single losses."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -63,6 +65,23 @@ def test_unaligned_losses_are_refused():
         jl.weighted(lambda p, y: jnp.sum(p, 0))(jnp.ones((4, 3)), jnp.ones((4, 3)))
 
 
+@pytest.mark.parametrize("result", [lambda p: p.astype(complex), lambda p: (p, p), lambda p: None])
+def test_what_is_no_loss_is_refused(result):
+    with pytest.raises(ValueError, match="one real array"):
+        jl.weighted(lambda p, y: result(p))(jnp.ones(3), jnp.ones(3))
+    with pytest.raises(ValueError, match="loss_fn must be a function, got 'huber'"):
+        jl.weighted("huber")
+
+
+def test_an_absent_infinity_in_a_hinge():
+    """The loss is 0, its slope is not a number."""
+    x, y, w = jnp.array([0.5, jnp.inf]), jnp.array([jnp.inf, 0.0]), jnp.array([0.0, 0.0])
+    loss = functools.partial(jl.hinge_loss, reduction="sum")
+    chex.assert_tree_all_finite(jax.grad(loss, (0, 1, 2))(x, y, w))
+    for outer in (jax.jacfwd, jax.jacrev):
+        chex.assert_tree_all_finite(outer(jax.grad(loss, (0, 1, 2)), (0, 1, 2))(x, y, w))
+
+
 def test_means_add_up_exactly():
     losses = np.random.default_rng(0).random(10).astype(np.float32)
     parts = [jl.compute_weighted_loss(losses[a:b], reduction="parts") for a, b in ((0, 3), (3, 10))]
@@ -73,6 +92,8 @@ def test_means_add_up_exactly():
         parts[0].merge(1.0)
     with pytest.raises(ValueError, match="WeightedMean"):
         parts[0] + 1.0
+    with pytest.raises(ValueError, match=r"shape \(\).*got \(3,\)"):
+        parts[0] + jl.WeightedMean(jnp.ones(3), jnp.ones(3))
 
     def add(mean, chunk):
         return mean + jl.compute_weighted_loss(chunk, reduction="parts"), None
@@ -148,6 +169,11 @@ def test_z_loss_is_the_squared_log_normalizer():
         (jl.softmax_cross_entropy, {"z_loss": -1.0}, "z_loss.*-1"),
         (jl.log_loss, {"epsilon": -1e-7}, "epsilon.*-1e-07"),
         (jl.cosine_distance, {"axis": 2}, "axis.*rank 2.*2"),
+        (jl.cosine_distance, {"axis": None}, "axis must be an integer, got None"),
+        (jl.log_loss, {"epsilon": None}, "epsilon must be a finite number"),
+        (jl.log_loss, {"epsilon": float("inf")}, "epsilon must be a finite number"),
+        (jl.softmax_cross_entropy, {"label_smoothing": True}, "label_smoothing.*True"),
+        (jl.softmax_cross_entropy, {"z_loss": jnp.float32(1)}, "z_loss must be a Python value"),
     ],
 )
 def test_options_are_checked(loss, options, message):
