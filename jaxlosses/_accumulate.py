@@ -11,8 +11,8 @@ import numpy as np
 from jax import Array
 
 from jaxlosses._collector import LossCollector
-from jaxlosses._kernel import check_integer
 from jaxlosses._mean import WeightedMean, widen
+from jaxlosses._typing import check_integer
 
 
 def accumulate_value_and_grad(

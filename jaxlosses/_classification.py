@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jaxlosses._kernel import (
-    align,
-    as_array,
-    as_floats,
-    check_integer,
-    check_number,
-    max_of,
-    reduce_losses,
-    sum_of,
-)
+from jaxlosses._kernel import align, max_and_pick, max_of, reduce_losses, sum_of
 from jaxlosses._typing import (
     AxisName,
     ClassIds,
@@ -30,6 +19,10 @@ from jaxlosses._typing import (
     Reduction,
     Result,
     Weights,
+    as_array,
+    as_floats,
+    check_integer,
+    check_number,
     jit,
 )
 
@@ -229,7 +222,8 @@ def softmax_cross_entropy(
 
     def formula(x: Array, y: Array) -> Array:
         y = y * (1 - label_smoothing) + label_smoothing / x.shape[-1]
-        top, log_sum = _log_normalizer(x)
+        top = max_of(x, x.ndim - 1)
+        log_sum = _log_sum(x, top)
         # Not 0 * inf, yet the slope with respect to any other label of 0 stays what it is.
         ruled_out = (y == 0) & jnp.isneginf(x)
         y, below = (jnp.where(ruled_out, 0, a) for a in (y, x - top[..., None]))
@@ -298,8 +292,8 @@ def sparse_softmax_cross_entropy(
     _debug_check(labels, logits.shape[-1], weights)
 
     def formula(x: Array, y: Array) -> Array:
-        top, log_sum = _log_normalizer(x)
-        at_label = sum_of(jnp.where(_is_label(y, x.shape), x, 0), x.ndim - 1)
+        top, at_label = max_and_pick(x, _is_label(y, x.shape))
+        log_sum = _log_sum(x, top)
         losses = log_sum - (at_label - top)
         if label_smoothing:
             mean = sum_of(x - top[..., None], x.ndim - 1) / x.shape[-1]
@@ -323,24 +317,23 @@ _softplus.defjvps(lambda dx, _, x: jax.nn.sigmoid(x) * dx)
 
 
 @jax.custom_jvp
-def _log_normalizer(x: Array) -> tuple[Array, Array]:
-    """The largest logit, and the logarithm of the sum of exponentials of the logits below it.
+def _log_sum(x: Array, top: Array) -> Array:
+    """The logarithm of the sum of exponentials of the logits, below the largest of them.
 
-    Kept apart because a loss is a difference of logits: adding the largest one first would round
-    the loss to that logit's last digit. The largest is a constant to derivatives: their sum is
-    right.
+    The two are kept apart because a loss is a difference of logits: adding the largest one first
+    would round the loss to that logit's last digit. The largest is a constant to derivatives, whose
+    sum is right.
     """
-    top = max_of(x, x.ndim - 1)
-    return top, jnp.log(sum_of(jnp.exp(x - top[..., None]), x.ndim - 1))
+    return jnp.log(sum_of(jnp.exp(x - top[..., None]), x.ndim - 1))
 
 
-@_log_normalizer.defjvp
-def _(primals: tuple[Array], tangents: tuple[Array]) -> Any:
-    (x,), (dx,) = primals, tangents
-    top, log_sum = _log_normalizer(x)
+@_log_sum.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, top), (dx, _) = primals, tangents
+    log_sum = _log_sum(x, top)
     # From the logits again: to keep the exponentials would take as much memory as the logits.
     softmax = jnp.exp((x - top[..., None]) - log_sum[..., None])
-    return (top, log_sum), (jnp.zeros_like(top), jnp.sum(softmax * dx, axis=-1))
+    return log_sum, jnp.sum(softmax * dx, axis=-1)
 
 
 def _is_class(labels: Array, classes: int) -> Array:

@@ -14,9 +14,10 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxlosses._kernel import as_floats, reduce_losses
+from jaxlosses._kernel import reduce_losses
 from jaxlosses._mean import WeightedMean, psum, widen
 from jaxlosses._regularization import Regularizer, as_pattern, matching_parameters
+from jaxlosses._typing import as_floats
 
 TOTAL = "total_loss"  # What a logger calls the sum; no loss can have this name.
 

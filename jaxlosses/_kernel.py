@@ -11,13 +11,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
@@ -26,15 +24,12 @@ from jax.interpreters import batching, mlir
 from jax.typing import ArrayLike
 
 from jaxlosses._mean import WeightedMean, divide, psum
-from jaxlosses._typing import AxisName, Reduction, Result
+from jaxlosses._typing import AxisName, Reduction, Result, as_array, is_float
 
 Formula = Callable[..., Array]
 
 _BLOCK = 4096  # Numbers that are summed one after the other: 16 KiB, and 8 digits of accuracy.
 _SHORT_ROW = 256
-
-# Not ArrayLike, of which tracers are no instances in every JAX.
-_ARRAYS = (Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
 def reduce_losses(
@@ -66,6 +61,7 @@ def reduce_losses(
     """
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
+    weights = as_array("weights", weights)
     dtype = _precision(*inputs, weights)
     losses_fn = _Losses(formula, len(inputs), dtype)
     result = jax.eval_shape(formula, *losses_fn.widen(inputs))
@@ -117,33 +113,6 @@ def align(weights: ArrayLike, shape: tuple[int, ...]) -> Array:
     return weights.reshape(kept + (1,) * (len(shape) - len(kept)))
 
 
-def as_array(name: str, value: Any) -> Array:
-    """``value`` as a real array; ``ValueError`` naming the argument if it is none."""
-    if not isinstance(value, _ARRAYS):
-        raise ValueError(f"{name} must be an array or a number, got {type(value).__name__}")
-    dtype = getattr(value, "dtype", np.dtype(type(value)))
-    if jnp.issubdtype(dtype, jnp.complexfloating) or not _is_number(dtype):
-        raise ValueError(f"{name} must be real, got dtype {dtype}")
-    return jnp.asarray(value)
-
-
-def as_floats(**arrays: ArrayLike) -> list[Array]:
-    """Arrays of one shape, integers and booleans as float32.
-
-    Raises:
-        ValueError: naming both arguments, if their shapes differ.
-    """
-    checked = {name: as_array(name, value) for name, value in arrays.items()}
-    (first, head), *rest = checked.items()
-    for name, array in rest:
-        if array.shape != head.shape:
-            raise ValueError(
-                f"{first} and {name} must have the same shape, "
-                f"got {first} of shape {head.shape} and {name} of shape {array.shape}"
-            )
-    return [a if _is_float(a) else a.astype(jnp.float32) for a in checked.values()]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Losses:
     """A formula of inputs, each loss from one place of them, and of arrays that it closed over."""
@@ -157,7 +126,7 @@ class _Losses:
 
     def widen(self, arguments: Sequence[Array]) -> list[Array]:
         inputs, closed_over = arguments[: self.num_inputs], arguments[self.num_inputs :]
-        return [*(a.astype(self.dtype) if _is_float(a) else a for a in inputs), *closed_over]
+        return [*(a.astype(self.dtype) if is_float(a) else a for a in inputs), *closed_over]
 
     def slopes(self, positions: Sequence[int], *arguments: Array) -> list[Array]:
         """The derivative of each loss with respect to its own places of some inputs."""
@@ -276,7 +245,7 @@ def _moved(tangents: Sequence[Any]) -> list[int]:
 
 
 def _floats(arrays: Sequence[Array]) -> list[int]:
-    return [i for i, array in enumerate(arrays) if _is_float(array)]
+    return [i for i, array in enumerate(arrays) if is_float(array)]
 
 
 def _pick(values: Sequence[Any], positions: Sequence[int]) -> list[Any]:
@@ -328,6 +297,23 @@ def max_of(x: Array, num_kept_axes: int = 0) -> Array:
     return _reduce_alone(jax.lax.stop_gradient(x), "max", num_kept_axes)
 
 
+@jax.custom_jvp
+def max_and_pick(x: Array, mask: Array) -> tuple[Array, Array]:
+    """The largest of each row, as by :func:`max_of`, and the number where the row's mask is set.
+
+    The number is 0 where it is not set at all.
+    """
+    top, picked = _reduce.bind(x, mask, operation="pick", num_kept_axes=x.ndim - 1, alone=False)
+    return top, picked
+
+
+@max_and_pick.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    top, picked = max_and_pick(*primals)
+    dpicked = jnp.sum(jnp.where(primals[1], tangents[0], 0), -1)
+    return (top, picked), (jnp.zeros_like(top), dpicked)
+
+
 def _reduce_alone(x: Array, operation: str, num_kept_axes: int) -> Array:
     keep = jnp.ones((1,) * x.ndim, bool)
     (reduced,) = _reduce.bind(x, keep, operation=operation, num_kept_axes=num_kept_axes, alone=True)
@@ -348,6 +334,8 @@ def _reduce_apart(
     reduced = (jnp.sum if operation == "sum" else jnp.max)(x, axes)
     if alone:
         return [reduced]
+    if operation == "pick":
+        return [reduced, jnp.sum(jnp.where(keep, x, 0), axes)]
     copies = math.prod(x.shape[num_kept_axes:]) // max(keep.size, 1)
     count = jnp.sum(keep, dtype=count_dtype or x.dtype).astype(x.dtype) * copies
     return [reduced, count]
@@ -367,13 +355,19 @@ def _reduce_together(
     varied = max([num_kept_axes - 1, *(i for i, n in enumerate(keep.shape) if n > 1)])
     row = math.prod(x.shape[varied + 1 :])
     columns = row if row >= _SHORT_ROW else size
-    rows, block = size // max(columns, 1), max(min(columns, _BLOCK), 1)
-    start, join, final = _OPERATIONS[operation]
-    parts = [
-        a.reshape(*kept, rows, columns)
-        for a in (x, jnp.broadcast_to(keep, x.shape).astype(jnp.int32))
-    ]
-    zeros = [jnp.asarray(start, x.dtype), jnp.int32(0)]
+    # The largest loses no digits in a long row, and has no second pass in one block.
+    block = max(min(columns, _BLOCK) if operation == "sum" else columns, 1)
+    rows = size // max(columns, 1)
+    start, join = (0, _add) if operation == "sum" else (-jnp.inf, _max)
+    keep = jnp.broadcast_to(keep, x.shape)
+    if operation == "pick":
+        # The sum of integers that are 0 but for one is that one, whatever number its bits are.
+        bits = jnp.int32 if x.dtype.itemsize == 4 else jnp.int64
+        integers = jnp.where(keep, jax.lax.bitcast_convert_type(x, bits), 0)
+    else:
+        integers = keep.astype(jnp.int32)
+    parts = [a.reshape(*kept, rows, columns) for a in (x, integers)]
+    zeros = [jnp.asarray(start, x.dtype), jnp.zeros((), integers.dtype)]
     reduced, counts = [], []
     whole = columns - columns % block
     for part in (slice(0, whole), slice(whole, columns)):
@@ -383,20 +377,27 @@ def _reduce_together(
             blocks = [a[..., part].reshape(*kept, rows * length // width, width) for a in parts]
             some, count = jax.lax.reduce(blocks, zeros, join, (num_kept_axes + 1,))
             reduced.append(some)
-            counts.append(count.ravel().astype(jnp.int32 if size < 2**31 else x.dtype))
+            counts.append(count)
     if not reduced:
-        return [jnp.full(kept, start, x.dtype), jnp.zeros((), x.dtype)][: 1 if alone else 2]
-    count = jnp.sum(jnp.concatenate(counts)).astype(x.dtype)
-    both = [final(jnp.concatenate(reduced, -1), -1), count]
-    # A count that goes unused would be removed, and with it the fast form.
-    return jax.lax.optimization_barrier(both)[:1] if alone else both
+        reduced, counts = ([jnp.full((*kept, 1), zero)] for zero in zeros)
+    number, count = jnp.concatenate(reduced, -1), jnp.concatenate(counts, -1)
+    number = jnp.sum(number, -1) if operation == "sum" else number[..., 0]
+    if operation == "pick":
+        count = jax.lax.bitcast_convert_type(count[..., 0], x.dtype)
+    else:
+        count = jnp.sum(count.astype(jnp.int32 if size < 2**31 else x.dtype)).astype(x.dtype)
+    # A second result that goes unused would be removed, and with it the fast form.
+    if alone or operation == "pick":
+        number, count = jax.lax.optimization_barrier((number, count))
+    return [number] if alone else [number, count]
 
 
-# Where each starts, how it joins pairs of a number and a count, and how it ends.
-_OPERATIONS: dict[str, Any] = {
-    "sum": (0, lambda a, b: [a[0] + b[0], a[1] + b[1]], jnp.sum),
-    "max": (-jnp.inf, lambda a, b: [jax.lax.max(a[0], b[0]), a[1] + b[1]], jnp.max),
-}
+def _add(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
+    return [a[0] + b[0], a[1] + b[1]]
+
+
+def _max(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
+    return [jax.lax.max(a[0], b[0]), a[1] + b[1]]
 
 
 def _lower_on_cpu(ctx: Any, *arguments: Any, **params: Any) -> Any:
@@ -441,7 +442,7 @@ def _stand_in(position: int, array: Array) -> float | int:
     These are probabilities, positive, and differ between the inputs, so that neither a logarithm,
     a square root nor the norm of a difference has an infinite slope there.
     """
-    return 0.5 ** (position + 1) if _is_float(array) else 0
+    return 0.5 ** (position + 1) if is_float(array) else 0
 
 
 def _where(mask: Array, array: Array, otherwise: float) -> Array:
@@ -453,39 +454,7 @@ def _expand(array: Array, like: Array) -> Array:
     return array.reshape(array.shape + (1,) * (like.ndim - array.ndim))
 
 
-def _precision(*arrays: ArrayLike) -> Any:
+def _precision(*arrays: Array) -> Any:
     """float64 where an argument asks for it, float32 elsewhere."""
-    doubles = (jnp.asarray(a) for a in arrays if isinstance(a, _ARRAYS))
-    if any(a.dtype == jnp.float64 and not a.weak_type for a in doubles):
-        return jnp.float64
-    return jnp.float32
-
-
-def _is_float(array: Array) -> bool:
-    return jnp.issubdtype(array.dtype, jnp.floating)
-
-
-def _is_number(dtype: Any) -> bool:
-    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_))
-
-
-def check_axis(name: str, axis: int, ndim: int) -> int:
-    """``axis`` counted from the front; ``ValueError`` if the array has no such axis."""
-    if not -ndim <= check_integer(name, axis) < ndim:
-        raise ValueError(f"{name} must be an axis of an array of rank {ndim}, got {axis}")
-    return axis % ndim
-
-
-def check_integer(name: str, value: Any) -> int:
-    """``value``; ``ValueError`` if it is no integer."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    return int(value)
-
-
-def check_number(name: str, value: Any, largest: float = sys.float_info.max) -> None:
-    """``ValueError`` unless ``value`` is a number from 0 to the largest."""
-    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not real or not 0 <= value <= largest:
-        bound = "not be negative" if largest == sys.float_info.max else f"be from 0 to {largest}"
-        raise ValueError(f"{name} must be a finite number and {bound}, got {value!r}")
+    doubles = (a.dtype == jnp.float64 and not a.weak_type for a in arrays)
+    return jnp.float64 if any(doubles) else jnp.float32

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlosses._kernel import as_floats, check_axis, reduce_losses, sum_of
+from jaxlosses._kernel import reduce_losses, sum_of
 from jaxlosses._typing import (
     AxisName,
     Reals,
@@ -17,6 +17,8 @@ from jaxlosses._typing import (
     SampleReals,
     UnitVectors,
     Weights,
+    as_floats,
+    check_axis,
     jit,
 )
 

@@ -13,8 +13,8 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jaxlosses._kernel import check_number
 from jaxlosses._regression import absolute_difference, mean_squared_error
+from jaxlosses._typing import check_number
 
 Regularizer: TypeAlias = Callable[[ArrayLike], Array]
 

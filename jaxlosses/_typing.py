@@ -1,14 +1,16 @@
-"""What the arguments of a loss hold, for readers and tests; a ``jit`` that type checkers see."""
+"""What the arguments of a loss hold, for readers and tests; their checks; a typed ``jit``."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Hashable
 from typing import Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
@@ -64,3 +66,65 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
         return jitted(*args, **kwargs)
 
     return checked
+
+
+# Not ArrayLike, of which tracers are no instances in every JAX.
+_ARRAYS = (Array, np.ndarray, np.generic, bool, int, float, complex)
+
+
+def as_array(name: str, value: Any) -> Array:
+    """``value`` as a real array; ``ValueError`` naming the argument if it is none."""
+    if not isinstance(value, _ARRAYS):
+        raise ValueError(f"{name} must be an array or a number, got {type(value).__name__}")
+    dtype = getattr(value, "dtype", np.dtype(type(value)))
+    if jnp.issubdtype(dtype, jnp.complexfloating) or not _is_number(dtype):
+        raise ValueError(f"{name} must be real, got dtype {dtype}")
+    return jnp.asarray(value)
+
+
+def as_floats(**arrays: ArrayLike) -> list[Array]:
+    """Arrays of one shape, integers and booleans as float32.
+
+    Raises:
+        ValueError: naming both arguments, if their shapes differ.
+    """
+    checked = {name: as_array(name, value) for name, value in arrays.items()}
+    (first, head), *rest = checked.items()
+    for name, array in rest:
+        if array.shape != head.shape:
+            raise ValueError(
+                f"{first} and {name} must have the same shape, "
+                f"got {first} of shape {head.shape} and {name} of shape {array.shape}"
+            )
+    return [a if is_float(a) else a.astype(jnp.float32) for a in checked.values()]
+
+
+def is_float(array: Array) -> bool:
+    """Whether it holds floating-point numbers, the ones that have derivatives."""
+    return jnp.issubdtype(array.dtype, jnp.floating)
+
+
+def _is_number(dtype: Any) -> bool:
+    return any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_))
+
+
+def check_axis(name: str, axis: int, ndim: int) -> int:
+    """``axis`` counted from the front; ``ValueError`` if the array has no such axis."""
+    if not -ndim <= check_integer(name, axis) < ndim:
+        raise ValueError(f"{name} must be an axis of an array of rank {ndim}, got {axis}")
+    return axis % ndim
+
+
+def check_integer(name: str, value: Any) -> int:
+    """``value``; ``ValueError`` if it is no integer."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def check_number(name: str, value: Any, largest: float = sys.float_info.max) -> None:
+    """``ValueError`` unless ``value`` is a number from 0 to the largest."""
+    real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not real or not 0 <= value <= largest:
+        bound = "not be negative" if largest == sys.float_info.max else f"be from 0 to {largest}"
+        raise ValueError(f"{name} must be a finite number and {bound}, got {value!r}")

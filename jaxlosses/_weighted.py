@@ -8,8 +8,8 @@ from typing import Any
 
 from jax import Array
 
-from jaxlosses._kernel import as_array, reduce_losses
-from jaxlosses._typing import AxisName, Reals, Reduction, Result, Weights
+from jaxlosses._kernel import reduce_losses
+from jaxlosses._typing import AxisName, Reals, Reduction, Result, Weights, as_array
 
 
 def weighted(loss_fn: Callable[..., Array]) -> Callable[..., Result]:
