@@ -121,6 +121,18 @@ def test_linen_scan_without_variable_axes_is_noticed():
         jlf.collect(state, expected=["layers/square"])
 
 
+def test_linen_vmap_without_variable_axes_is_noticed():
+    class Mapped(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            options = {"variable_axes": {"params": None}, "split_rngs": {"params": False}}
+            return nn.vmap(Block, **options)(name="layer")(x)
+
+    _, state = applied(Mapped())
+    with pytest.raises(ValueError, match=r"layer/square.*variable_axes.*nn.vmap"):
+        jlf.collect(state, expected=["layer/square"])
+
+
 def test_linen_scan_cannot_carry_losses():
     with pytest.raises(TypeError, match="carry"):
         applied(Scanned(axes=(), carry=True), Scanned().init(jax.random.key(0), X))

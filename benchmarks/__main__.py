@@ -1,0 +1,174 @@
+"""Measure every loss against its peers, and write RESULTS.md and results.png."""
+
+import os
+
+# Before anything that reads them is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import argparse
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import peers, report, tpu, workloads
+from benchmarks.timing import interleave
+from benchmarks.workloads import COMPILE, NAIVE, OURS, PAIRWISE, PASSES, SPARSE, SQUARED, XLA, C
+
+
+class Suite:
+    """A method for each section; it returns Markdown. What they leave out, ``notes`` tell."""
+
+    def __init__(self, names: list[str] | None, quick: bool):
+        names = names or ([SQUARED, SPARSE] if quick else [*workloads.LOSSES])
+        self.cases, self.quick = list(itertools.product(names, PASSES)), quick
+        self.scale, self.rounds, self.turn = (64, 3, 0.001) if quick else (1, 11, 0.04)
+        self.peers, self.notes = peers.load()
+        self.jax_peers = [peer for peer in self.peers if peer.name in (OURS, NAIVE)]
+        self.rows: list[dict[str, Any]] = []
+        self.points: list[dict[str, Any]] = []
+
+    def inputs(self, name: str) -> list[np.ndarray]:
+        return workloads.make(name, workloads.shape_of(name, self.scale))
+
+    def measure(self, some: list[Any], name: str, mode: str, inputs: Any, rounds: int = 0) -> Any:
+        """A row for each peer that has this loss."""
+        print(f"{name} {mode} {[*inputs[0].shape]}")
+        exact, calls, arrays, rows = workloads.weighted_mean(name, *inputs), {}, {}, {}
+        for peer in some:
+            try:
+                if (function := peer.function(name, mode)) is None:
+                    continue
+                if type(peer) not in arrays:
+                    arrays[type(peer)] = peer.arrays(inputs)
+                call = functools.partial(function, *arrays[type(peer)])
+                value = float(call() if mode == "forward" else call()[0])
+            except Exception as error:  # A peer that fails is a line, not the end.
+                if peer.name == OURS:
+                    raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                self.notes.append(f"{peer.name} has no `{name}` (`{mode}`): {reason}")
+                continue
+            calls[peer.name], error = call, abs(value / exact - 1)
+            rows[peer.name] = {"loss": name, "pass": mode, "peer": peer.name, "error": error}
+            rows[peer.name]["note"] = peer.notes.get(name, "")
+        seconds = interleave(calls, rounds or self.rounds, self.turn)
+        touched = sum(a.nbytes for a in inputs) + inputs[0].nbytes * (mode != "forward")
+        for peer, row in rows.items():
+            row["ms"] = float(np.median(seconds[peer])) * 1e3
+            row["rate"] = touched / row["ms"] / 1e6
+            row["ratio"] = float(np.median(seconds[peer] / seconds[OURS]))
+            print(f"  {row['ratio']:6.2f} {row['ms']:8.3g} ms {peer}")
+        return rows
+
+    def speed(self) -> str:
+        for name, mode in self.cases:
+            rows = self.measure(self.peers, name, mode, inputs := self.inputs(name))
+            for peer in self.peers:
+                if peer.name in rows and isinstance(peer, peers.JaxPeer):
+                    compiled = peer.jitted(name, mode).lower(*inputs).compile()
+                    size = compiled.memory_analysis().temp_size_in_bytes
+                    rows[peer.name]["temporaries"] = report.size(size)
+            self.rows += rows.values()
+        return report.speed(self.rows, [peer.name for peer in self.peers])
+
+    def sweep(self) -> str:
+        some = [p for p in self.peers if p.name in (OURS, NAIVE, COMPILE, XLA, C, "NumPy")]
+        for power, mode in itertools.product(range(10, 17 if self.quick else 31, 2), PASSES):
+            columns = min(elements := 2**power // 12, 4096)  # Three arrays of four bytes.
+            inputs = workloads.make(SQUARED, (elements // columns, columns))
+            rows = self.measure(some, SQUARED, mode, inputs, 5)
+            self.points += [row | {"bytes": 2**power} for row in rows.values()]
+        return report.sweep(self.points, [peer.name for peer in some])
+
+    def small(self) -> str:
+        rows = []
+        for name, mode in self.cases:
+            found = self.measure(self.jax_peers, name, mode, workloads.make(name, (32, 10)))
+            micros = [f"{found[peer]['ms'] * 1e3:.0f}" for peer in (OURS, NAIVE)]
+            rows.append((f"`{name}`", f"`{mode}`", *micros, f"{found[NAIVE]['ratio']:.2f}"))
+        header = ("loss", "pass", f"{OURS}, µs", f"{NAIVE}, µs", "ratio")
+        return report.section("Small calls: jitted, on [32, 10]", header, rows)
+
+    def accuracy(self) -> str:
+        side = 300 if self.quick else 10_000
+        many, offset = workloads.make(SQUARED, (side, side)), self.inputs(PAIRWISE)
+        offset[0] += np.float32(1000)
+        cases = ((SQUARED, many), (PAIRWISE, offset))
+        found = [self.measure(self.peers, name, "forward", inputs, 1) for name, inputs in cases]
+        errors = [{peer: f"{row['error']:.1e}" for peer, row in rows.items()} for rows in found]
+        rows = [[p.name, *(error.get(p.name, "") for error in errors)] for p in self.peers]
+        rows[0][2] += f" (goal: ≤ 1e-06 {'✓' if found[1][OURS]['error'] <= 1e-6 else '✗'})"
+        titles = (f"`{SQUARED}`, {side**2:.0e} elements", f"`{PAIRWISE}`, predictions off by 1000")
+        return report.section("Accuracy: relative error of float64", ("peer", *titles), rows)
+
+    def tpu(self) -> str:
+        rows = []
+        for title in ["v5e:4x4"] if self.quick else ["v5e:4x4", "v5e:16x16"]:
+            try:
+                sharding = tpu.sharding(title)
+            except Exception as error:  # Whatever a missing or busy libtpu raises.
+                reason = (str(error).splitlines() or ["no libtpu"])[0]
+                self.notes.append(f"TPU {title} is left out: {reason}")
+                continue
+            for (name, mode), peer in itertools.product(self.cases, self.jax_peers):
+                *cells, held = tpu.measure(peer, name, mode, sharding)
+                rows.append((title, f"`{name}`", f"`{mode}`", peer.name, *cells, report.size(held)))
+        title = f"TPU: its compiler's model of one chip, {tpu.ROWS} rows on each"
+        return report.section(title, ("slice", "loss", "pass", "peer", *tpu.HEADER), rows)
+
+    def gpu(self) -> str:
+        try:
+            device = jax.devices("gpu")[0]
+        except RuntimeError:
+            self.notes.append("GPU is left out: there is none")
+            return ""
+        rows, copy = [], jax.jit(jnp.copy)
+        with jax.default_device(device):
+            array = jnp.ones(workloads.shape_of(SQUARED))
+            calls = {"copy": lambda: jax.block_until_ready(copy(array))}
+            seconds = np.median(interleave(calls, self.rounds, self.turn)["copy"])
+            for name, mode in self.cases:
+                found = self.measure(self.jax_peers, name, mode, self.inputs(name))
+                rates = [found[peer]["rate"] for peer in (OURS, NAIVE)]
+                rates += [rates[0] * seconds / (2 * array.nbytes) * 1e11]
+                rows.append((f"`{name}`", f"`{mode}`", *(f"{rate:.0f}" for rate in rates)))
+        header = ("loss", "pass", OURS, NAIVE, f"{OURS}, % of a device copy")
+        return report.section(f"GPU: GB/s on {device.device_kind}", header, rows)
+
+
+def main() -> None:
+    sections = ("speed", "sweep", "small", "accuracy", "tpu", "gpu")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--out-dir", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--only", nargs="+", choices=workloads.LOSSES, metavar="LOSS")
+    parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
+    parser.add_argument("--quick", action="store_true", help="small sizes, two losses: seconds")
+    options = parser.parse_args()
+    suite, machine = Suite(options.only, options.quick), report.machine()
+    with jax.default_device(jax.devices("cpu")[0]):
+        parts = [getattr(suite, section)() for section in options.sections]
+    options.out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        report.picture(options.out_dir / "results.png", suite.rows, suite.points)
+    except ImportError as error:
+        suite.notes.append(f"The picture is left out: {error}")
+    elements, logits = (
+        "{} by {}".format(*workloads.shape_of(n, suite.scale)) for n in (SQUARED, SPARSE)
+    )
+    notes = "".join(f"- {note}\n" for note in suite.notes)
+    text = report.INTRODUCTION.format(
+        elements=elements, logits=logits, notes=notes, machine=machine
+    )
+    (options.out_dir / "RESULTS.md").write_text(text + "".join(parts), encoding="utf-8")
+    print(f"{notes}Wrote {options.out_dir / 'RESULTS.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The Markdown and the picture."""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks.workloads import COMPILE, EAGER, GRAPH, KERAS, NAIVE, OURS, PASSES, XLA, C, goals
+
+PACKAGES = "jax jaxlib libtpu optax keras tensorflow tensorflow-cpu torch numpy"
+# Each peer's mark and colour in the picture.
+MARKS = {EAGER: "s:olive", COMPILE: "D:red", GRAPH: "v:brown", XLA: "^:orange"}
+MARKS |= {KERAS: "o:purple", C: "|:black"}
+BARS = ("#1f77b4", "#9ecae9")
+
+INTRODUCTION = """\
+# Benchmarks
+
+Written by `python -m benchmarks`. A peer that is not installed is left out; for all of them:
+`pip install '.[benchmarks,tpu-aot]'` and a C compiler.
+
+Every loss has the same inputs, the same weights (a tenth of them zero) and the same denominator,
+the count of the weights that are not zero, and its value is compared with float64; where a peer's
+loss is another one, its row says how. float32, XLA's default flags; element-wise losses of
+{elements} with weights of that shape; pairs and vectors of {elements}, and {logits} logits, with a
+weight for each row. `value_and_grad` is with respect to the first input. The runs are interleaved
+in one process; a time is the median over the rounds, and a ratio the median of the rounds' ratios.
+Ratios carry over to other machines, milliseconds do not. OpenMP's threads wait passively, so that
+libraries that share a process do not take each other's cores.
+
+![Speed and size](results.png)
+
+{notes}
+{machine}"""
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def section(
+    title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], text: str = ""
+) -> str:
+    """Nothing where there are no rows."""
+    return f"\n## {title}\n\n{text}{table(header, rows)}" if rows else ""
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GB"
+
+
+def machine() -> str:
+    """On what it was measured."""
+    rows = {"date": date.today(), "CPU": platform.processor() or platform.machine()}
+    with contextlib.suppress(OSError, LookupError, AttributeError):
+        rows["load before"] = f"{os.getloadavg()[0]:.1f}"
+        rows["CPU"] = re.findall("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+        cc = subprocess.run(["cc", "--version"], capture_output=True, text=True)
+        rows["C compiler"] = cc.stdout.splitlines()[0]
+    rows |= {"cores": os.cpu_count(), "system": platform.system()}
+    rows["Python"] = platform.python_version()
+    for package in PACKAGES.split():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            rows[package] = importlib.metadata.version(package)
+    return section("Measured on", ("", ""), [*rows.items()])
+
+
+def speed(rows: list[dict[str, Any]], peers: Sequence[str]) -> str:
+    """The ratios, and then every row with all that is known of it."""
+    summary, full = [], []
+    for name, mode in dict.fromkeys((r["loss"], r["pass"]) for r in rows):
+        some = {r["peer"]: r for r in rows if (r["loss"], r["pass"]) == (name, mode)}
+        goal = goals(name, mode, {peer: r["ratio"] for peer, r in some.items()})
+        ratios = [f"{some[peer]['ratio']:.2f}" if peer in some else "" for peer in peers[1:]]
+        goal_cell = "; ".join(f"{peer} {text}" for peer, text in goal.items())
+        summary.append([f"`{name}`", f"`{mode}`", *ratios, goal_cell])
+        for peer, r in some.items():
+            cells = [f"`{name}`", f"`{mode}`", peer + f" ({r['note']})" * bool(r["note"])]
+            cells += [f"{r['ms']:.3g}", f"{r['ratio']:.2f}", goal.get(peer, "")]
+            full.append([*cells, r.get("temporaries", ""), f"{r['error']:.0e}"])
+    header = ("loss", "pass", "peer", "ms", "ratio", "goal", "temporaries", "error")
+    text = (
+        "Above 1 jaxlosses is faster, below 1 it is slower. A goal of 1 is to be level, within 5%; "
+        "of 0.77, to be within 1.3 of a plain C loop.\n\n"
+    )
+    title = "Speed: how many times longer than jaxlosses"
+    every = f"\n<details><summary>Every row</summary>\n\n{table(header, full)}\n</details>\n"
+    return section(title, ("loss", "pass", *peers[1:], "goal"), summary, text) + every
+
+
+def sweep(points: list[dict[str, Any]], peers: Sequence[str]) -> str:
+    rates = {(p["bytes"], p["pass"], p["peer"]): f"{p['rate']:.3g}" for p in points}
+    rows = [
+        [size(total), f"`{mode}`", *(rates.get((total, mode, peer), "") for peer in peers)]
+        for total, mode in dict.fromkeys(key[:2] for key in rates)
+    ]
+    text = "Bytes of predictions, labels, weights and gradient, each once, over the time.\n\n"
+    return section("Size: GB/s of `mean_squared_error`", ("inputs", "pass", *peers), rows, text)
+
+
+def picture(path: Path, rows: list[dict[str, Any]], points: list[dict[str, Any]]) -> None:
+    """Draw the speeds of all losses, and how the cost grows with the size."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(14, 7), width_ratios=(5, 4), layout="constrained")
+    for panel, draw, shown in zip(panels, (_draw_speed, _draw_sweep), (rows, points), strict=True):
+        draw(panel, shown)
+        panel.minorticks_off()
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+        panel.set_axisbelow(True)
+        panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_speed(panel: Any, rows: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(r["loss"] for r in rows))
+    naive = {(r["loss"], r["pass"]): r["ratio"] for r in rows if r["peer"] == NAIVE}
+    for r in rows:
+        name, second, first = r["loss"], r["pass"] == PASSES[1], r["loss"] == names[0]
+        speed, height = naive[name, r["pass"]] / r["ratio"], names.index(name) + 0.4 * second - 0.2
+        if r["peer"] == OURS:
+            label = f"{OURS}, {r['pass']}" if first else None
+            panel.barh(height, speed - 1, 0.36, left=1, color=BARS[second], label=label)
+        elif r["peer"] in MARKS:
+            mark, colour = MARKS[r["peer"]].split(":")
+            label = None if r["peer"] in panel.get_legend_handles_labels()[1] else r["peer"]
+            style = {"ms": 14, "mew": 2.5} if mark == "|" else {"ms": 6.5, "mec": "white"}
+            panel.plot(speed, height, mark, color=colour, label=label, **style)
+    panel.axvline(1, color="black", linewidth=1)
+    panel.set(xscale="log", xlabel="speed over that of optax-naive; right is faster")
+    panel.set_xticks(ticks := (0.1, 0.2, 0.5, 1, 2, 5, 10), map(str, ticks))
+    panel.set_yticks(range(len(names)), names)
+    panel.invert_yaxis()
+    panel.set_title("Speed of every loss, optax-naive = 1", loc="left")
+
+
+def _draw_sweep(panel: Any, points: list[dict[str, Any]]) -> None:
+    colours = {OURS: BARS[0], NAIVE: "gray"} | {p: m.split(":")[1] for p, m in MARKS.items()}
+    for peer, mode in dict.fromkeys((p["peer"], p["pass"]) for p in points):
+        line = [(p["bytes"], p["rate"]) for p in points if (p["peer"], p["pass"]) == (peer, mode)]
+        style = ":" if mode == PASSES[1] else "--" if peer == C else "-"
+        label = None if mode == PASSES[1] else peer + ", the memory's measure" * (peer == C)
+        look = {"color": colours.get(peer, "black"), "lw": 3 if peer == OURS else 1.5}
+        panel.plot(*zip(*line, strict=True), style, label=label, **look)
+    panel.set(xscale="log", yscale="log", xlabel="predictions, labels and weights", ylabel="GB/s")
+    panel.set_xticks(ticks := [2**power for power in range(10, 31, 4)], map(size, ticks))
+    panel.set_yticks(ticks := [0.01, 0.1, 1, 10, 100], map(str, ticks))
+    panel.set_title("Size: mean_squared_error (dotted: value_and_grad)", loc="left")
