@@ -179,7 +179,7 @@ def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., An
     expected = _check_expected(expected)
     owner = fn if isinstance(fn, nnx.Module) else getattr(fn, "__self__", None)
 
-    @functools.wraps(fn)
+    @functools.wraps(fn, updated=())  # Not the attributes of a module.
     def captured(*args: Any, **kwargs: Any) -> tuple[Any, LossCollector]:
         if isinstance(owner, nn.Module):
             result, *states = _apply(fn, *args, **kwargs)
