@@ -87,7 +87,10 @@ def accumulate_value_and_grad(
 
         _, counts = jax.lax.scan(count, None, microbatches)
         whole = _sum(counts)
-        _check_shapes(whole, jax.eval_shape(lambda *a: split_aux(loss_fn(*a))[0], params, batch))
+        if any(leaf.ndim for leaf in jax.tree.leaves(whole)):
+            full = jax.eval_shape(lambda *a: split_aux(loss_fn(*a))[0], params, batch)
+            # Collectors of other shapes are refused here as where they would be added up.
+            jax.eval_shape(LossCollector.merge, whole, full)
 
         def share(params: Any, microbatch: Any) -> tuple[Array, tuple[LossCollector, Any]]:
             losses, aux = split_aux(loss_fn(params, microbatch))
@@ -163,11 +166,6 @@ def _split(batch: Any, num_microbatches: int) -> Any:
         return jnp.swapaxes(pairs, 0, 1)
 
     return jax.tree.map(cut, batch)
-
-
-def _check_shapes(microbatch: LossCollector, batch: LossCollector) -> None:
-    """Two collectors of other shapes would not be merged either."""
-    jax.eval_shape(LossCollector.merge, microbatch, batch)
 
 
 def _with_totals(counts: LossCollector, totals: LossCollector) -> LossCollector:

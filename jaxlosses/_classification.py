@@ -286,7 +286,7 @@ def sparse_softmax_cross_entropy(
     check_number("label_smoothing", label_smoothing, 1)
     check_number("z_loss", z_loss)
     labels = _class_ids(labels, logits.shape, ignore_index)
-    weights = align(weights, labels.shape)
+    weights = align(as_array("weights", weights), labels.shape)
     if ignore_index is not None:
         weights = jnp.where(labels == ignore_index, jnp.zeros_like(weights), weights)
     _debug_check(labels, logits.shape[-1], weights)

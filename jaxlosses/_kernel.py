@@ -30,6 +30,7 @@ Formula = Callable[..., Array]
 
 _BLOCK = 4096  # Numbers that are summed one after the other: 16 KiB, and 8 digits of accuracy.
 _SHORT_ROW = 256
+_SUMS = ("sum", "sum and count")  # Beside these, "max" and "max and pick".
 
 
 def reduce_losses(
@@ -96,13 +97,12 @@ def reduce_losses(
     return WeightedMean(total, count) if reduction == "parts" else divide(total, count)
 
 
-def align(weights: ArrayLike, shape: tuple[int, ...]) -> Array:
+def align(weights: Array, shape: tuple[int, ...]) -> Array:
     """Weights with one axis for each axis of the losses, equal to it or 1, aligned from the left.
 
     Raises:
         ValueError: naming both shapes, if an axis is neither equal to the losses' axis nor 1.
     """
-    weights = as_array("weights", weights)
     given = weights.shape
     kept = given[:-1] if len(given) == len(shape) + 1 and given[-1] == 1 else given
     if len(kept) > len(shape) or any(w not in (1, n) for w, n in zip(kept, shape, strict=False)):
@@ -270,7 +270,7 @@ def sum_and_count(x: Array, keep: Array) -> tuple[Array, Array]:
 
     ``keep`` has the axes of ``x``, or 1 in their place.
     """
-    total, count = _reduce.bind(x, keep, operation="sum", num_kept_axes=0, alone=False)
+    total, count = _reduce.bind(x, keep, operation="sum and count", num_kept_axes=0)
     return total, count
 
 
@@ -303,7 +303,7 @@ def max_and_pick(x: Array, mask: Array) -> tuple[Array, Array]:
 
     The number is 0 where it is not set at all.
     """
-    top, picked = _reduce.bind(x, mask, operation="pick", num_kept_axes=x.ndim - 1, alone=False)
+    top, picked = _reduce.bind(x, mask, operation="max and pick", num_kept_axes=x.ndim - 1)
     return top, picked
 
 
@@ -316,7 +316,7 @@ def _(primals: Any, tangents: Any) -> Any:
 
 def _reduce_alone(x: Array, operation: str, num_kept_axes: int) -> Array:
     keep = jnp.ones((1,) * x.ndim, bool)
-    (reduced,) = _reduce.bind(x, keep, operation=operation, num_kept_axes=num_kept_axes, alone=True)
+    (reduced,) = _reduce.bind(x, keep, operation=operation, num_kept_axes=num_kept_axes)
     return reduced
 
 
@@ -326,24 +326,20 @@ def _reduce_apart(
     *,
     operation: str,
     num_kept_axes: int,
-    alone: bool,
     count_dtype: Any = None,
 ) -> list[Array]:
     """Reduction and count as XLA partitions them best: over devices they are one collective."""
     axes = tuple(range(num_kept_axes, x.ndim))
-    reduced = (jnp.sum if operation == "sum" else jnp.max)(x, axes)
-    if alone:
-        return [reduced]
-    if operation == "pick":
-        return [reduced, jnp.sum(jnp.where(keep, x, 0), axes)]
-    copies = math.prod(x.shape[num_kept_axes:]) // max(keep.size, 1)
-    count = jnp.sum(keep, dtype=count_dtype or x.dtype).astype(x.dtype) * copies
-    return [reduced, count]
+    results = [(jnp.sum if operation in _SUMS else jnp.max)(x, axes)]
+    if operation == "sum and count":
+        copies = math.prod(x.shape) // max(keep.size, 1)
+        results.append(jnp.sum(keep, dtype=count_dtype or x.dtype).astype(x.dtype) * copies)
+    if operation == "max and pick":
+        results.append(jnp.sum(jnp.where(keep, x, 0), axes))
+    return results
 
 
-def _reduce_together(
-    x: Array, keep: Array, *, operation: str, num_kept_axes: int, alone: bool
-) -> list[Array]:
+def _reduce_together(x: Array, keep: Array, *, operation: str, num_kept_axes: int) -> list[Array]:
     """Reduction and count in one pass, for one CPU.
 
     XLA fuses what computes ``x`` into a reduction and vectorises it if an integer is reduced along;
@@ -356,11 +352,11 @@ def _reduce_together(
     row = math.prod(x.shape[varied + 1 :])
     columns = row if row >= _SHORT_ROW else size
     # The largest loses no digits in a long row, and has no second pass in one block.
-    block = max(min(columns, _BLOCK) if operation == "sum" else columns, 1)
+    block = max(min(columns, _BLOCK) if operation in _SUMS else columns, 1)
     rows = size // max(columns, 1)
-    start, join = (0, _add) if operation == "sum" else (-jnp.inf, _max)
+    start, join = (0, _add) if operation in _SUMS else (-jnp.inf, _max)
     keep = jnp.broadcast_to(keep, x.shape)
-    if operation == "pick":
+    if operation == "max and pick":
         # The sum of integers that are 0 but for one is that one, whatever number its bits are.
         bits = jnp.int32 if x.dtype.itemsize == 4 else jnp.int64
         integers = jnp.where(keep, jax.lax.bitcast_convert_type(x, bits), 0)
@@ -381,15 +377,15 @@ def _reduce_together(
     if not reduced:
         reduced, counts = ([jnp.full((*kept, 1), zero)] for zero in zeros)
     number, count = jnp.concatenate(reduced, -1), jnp.concatenate(counts, -1)
-    number = jnp.sum(number, -1) if operation == "sum" else number[..., 0]
-    if operation == "pick":
+    number = jnp.sum(number, -1) if operation in _SUMS else number[..., 0]
+    if operation == "max and pick":
         count = jax.lax.bitcast_convert_type(count[..., 0], x.dtype)
     else:
         count = jnp.sum(count.astype(jnp.int32 if size < 2**31 else x.dtype)).astype(x.dtype)
     # A second result that goes unused would be removed, and with it the fast form.
-    if alone or operation == "pick":
+    if operation != "sum and count":
         number, count = jax.lax.optimization_barrier((number, count))
-    return [number] if alone else [number, count]
+    return [number] if operation in ("sum", "max") else [number, count]
 
 
 def _add(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
@@ -425,7 +421,7 @@ def _reduce_batch(arguments: Any, axes: Any, **params: Any) -> Any:
 
 _reduce = Primitive("reduce_and_count")
 _reduce.multiple_results = True
-_reduce.def_impl(jax.jit(_reduce_apart, static_argnames=("operation", "num_kept_axes", "alone")))
+_reduce.def_impl(jax.jit(_reduce_apart, static_argnames=("operation", "num_kept_axes")))
 _reduce.def_abstract_eval(
     lambda *avals, **params: (
         jax.make_jaxpr(functools.partial(_reduce_apart, **params))(*avals).out_avals
