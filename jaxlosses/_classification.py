@@ -227,7 +227,7 @@ def softmax_cross_entropy(
         # Not 0 * inf, yet the slope with respect to any other label of 0 stays what it is.
         ruled_out = (y == 0) & jnp.isneginf(x)
         y, below = (jnp.where(ruled_out, 0, a) for a in (y, x - top[..., None]))
-        losses = log_sum * sum_of(y, x.ndim - 1) - sum_of(y * below, x.ndim - 1)
+        losses = _expected(y, log_sum, below)
         return losses + z_loss * jnp.square(top + log_sum) if z_loss else losses
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
@@ -334,6 +334,20 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
     # From the logits again: to keep the exponentials would take as much memory as the logits.
     softmax = jnp.exp((x - top[..., None]) - log_sum[..., None])
     return log_sum, jnp.sum(softmax * dx, axis=-1)
+
+
+@jax.custom_jvp
+def _expected(y: Array, log_sum: Array, below: Array) -> Array:
+    """The surprise at each class, ``log_sum - below``, as the labels expect it."""
+    return sum_of(y * (log_sum[..., None] - below), y.ndim - 1)
+
+
+@_expected.defjvp
+def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    (y, log_sum, below), (dy, dlog_sum, dbelow) = primals, tangents
+    moved = jnp.sum(dy * (log_sum[..., None] - below) - y * dbelow, -1)
+    # JAX would sum the labels by a reduction of its own, which on a CPU is not fused.
+    return _expected(*primals), moved + sum_of(y, y.ndim - 1) * dlog_sum
 
 
 def _is_class(labels: Array, classes: int) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -351,9 +352,6 @@ def _reduce_together(x: Array, keep: Array, *, operation: str, num_kept_axes: in
     varied = max([num_kept_axes - 1, *(i for i, n in enumerate(keep.shape) if n > 1)])
     row = math.prod(x.shape[varied + 1 :])
     columns = row if row >= _SHORT_ROW else size
-    # The largest loses no digits in a long row, and has no second pass in one block.
-    block = max(min(columns, _BLOCK) if operation in _SUMS else columns, 1)
-    rows = size // max(columns, 1)
     start, join = (0, _add) if operation in _SUMS else (-jnp.inf, _max)
     keep = jnp.broadcast_to(keep, x.shape)
     if operation == "max and pick":
@@ -362,30 +360,37 @@ def _reduce_together(x: Array, keep: Array, *, operation: str, num_kept_axes: in
         integers = jnp.where(keep, jax.lax.bitcast_convert_type(x, bits), 0)
     else:
         integers = keep.astype(jnp.int32)
-    parts = [a.reshape(*kept, rows, columns) for a in (x, integers)]
-    zeros = [jnp.asarray(start, x.dtype), jnp.zeros((), integers.dtype)]
-    reduced, counts = [], []
-    whole = columns - columns % block
-    for part in (slice(0, whole), slice(whole, columns)):
-        if part.stop > part.start:
-            length = part.stop - part.start
-            width = min(block, length)
-            blocks = [a[..., part].reshape(*kept, rows * length // width, width) for a in parts]
-            some, count = jax.lax.reduce(blocks, zeros, join, (num_kept_axes + 1,))
-            reduced.append(some)
-            counts.append(count)
-    if not reduced:
-        reduced, counts = ([jnp.full((*kept, 1), zero)] for zero in zeros)
-    number, count = jnp.concatenate(reduced, -1), jnp.concatenate(counts, -1)
-    number = jnp.sum(number, -1) if operation in _SUMS else number[..., 0]
+    parts = [a.reshape(*kept, size // columns, columns) for a in (x, integers)]
+    # The largest loses no digits in a long row.
+    number, count = _fold(parts, start, join, _width(columns) if operation in _SUMS else columns)
+    while (num_blocks := number.shape[-1]) > 1:
+        count = count if size < 2**31 else count.astype(x.dtype)
+        parts = [a[..., None, :] for a in (number, count)]
+        number, count = _fold(parts, start, join, _width(num_blocks))
+    number, count = number[..., 0], count[..., 0]
     if operation == "max and pick":
-        count = jax.lax.bitcast_convert_type(count[..., 0], x.dtype)
-    else:
-        count = jnp.sum(count.astype(jnp.int32 if size < 2**31 else x.dtype)).astype(x.dtype)
+        count = jax.lax.bitcast_convert_type(count, x.dtype)
     # A second result that goes unused would be removed, and with it the fast form.
     if operation != "sum and count":
         number, count = jax.lax.optimization_barrier((number, count))
-    return [number] if operation in ("sum", "max") else [number, count]
+    return [number] if operation in ("sum", "max") else [number, count.astype(x.dtype)]
+
+
+def _fold(parts: Sequence[Array], start: float, join: Any, width: int) -> list[Array]:
+    """Reduce ``[..., rows, columns]`` to a number for each block of a row, ``[..., blocks]``."""
+    *kept, rows, columns = parts[0].shape
+    zeros = [jnp.asarray(value, a.dtype) for value, a in zip((start, 0), parts, strict=True)]
+    # What computes a number that is padded is fused; of two slices, it would be kept in memory.
+    edges = [(0, 0, 0)] * (len(kept) + 1) + [(0, -columns % width, 0)]
+    parts = [jax.lax.pad(a, zero, edges) for a, zero in zip(parts, zeros, strict=True)]
+    blocks = [a.reshape(*kept, rows * (-(-columns // width)), width) for a in parts]
+    return jax.lax.reduce(blocks, zeros, join, (len(kept) + 1,))
+
+
+def _width(columns: int) -> int:
+    """Of a block: about ``_BLOCK``, and a divisor where there is one, for padding can be slow."""
+    near = itertools.chain(range(_BLOCK, _BLOCK // 8, -1), range(_BLOCK + 1, 8 * _BLOCK))
+    return next((n for n in near if columns % n == 0), min(columns, _BLOCK))
 
 
 def _add(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
@@ -410,7 +415,7 @@ def _lower_on_cpu(ctx: Any, *arguments: Any, **params: Any) -> Any:
         ctx = ctx.replace(avals_in=[ShapedArray(a.shape, a.dtype) for a in ctx.avals_in])
     # XLA counts on a CPU one by one, where a float32 stops at 2**24.
     apart = functools.partial(_reduce_apart, count_dtype=jnp.int32)
-    reduce = _reduce_together if local else apart
+    reduce = _reduce_together if local and math.prod(ctx.avals_in[0].shape) else apart
     return mlir.lower_fun(reduce, multiple_results=True)(ctx, *arguments, **params)
 
 

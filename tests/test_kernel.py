@@ -9,20 +9,20 @@ from arguments import cases
 import jaxlosses as jl
 
 CASES = cases(jl)
-SIZE = 4096
+EVEN, ODD = (2048, 8192), (331, 65537)  # Two blocks in a row; no divisor of any use.
 
 
-def compiled(name, dtype=jnp.float32, weights_dtype=jnp.float32, differentiate=False):
-    """A loss of 4096 by 4096 numbers, on one device, nothing run."""
+def compiled(name, shape, dtype, weights_dtype, differentiate):
+    """A loss on one device, nothing run."""
     case = CASES[name]
     arguments = [
-        jax.ShapeDtypeStruct((SIZE,), jnp.int32)
+        jax.ShapeDtypeStruct(shape[:1], jnp.int32)
         if held.domain == "class id"
-        else jax.ShapeDtypeStruct((SIZE, SIZE), dtype)
+        else jax.ShapeDtypeStruct(shape, dtype)
         for held in case.inputs.values()
     ]
     by_row = any(held.inner for held in case.inputs.values())
-    weights = jax.ShapeDtypeStruct((SIZE,) if by_row else (SIZE, SIZE), weights_dtype)
+    weights = jax.ShapeDtypeStruct(shape[:1] if by_row else shape, weights_dtype)
     loss = jax.value_and_grad(case.loss) if differentiate else case.loss
     return jax.jit(loss).lower(*arguments, weights).compile()
 
@@ -32,14 +32,14 @@ def compiled(name, dtype=jnp.float32, weights_dtype=jnp.float32, differentiate=F
 @pytest.mark.parametrize("name", CASES)
 def test_temporaries_are_small(name, dtype, differentiate):
     """No copy of an input, in float32 or otherwise, and no array of losses."""
-    for weights_dtype in (jnp.float32, jnp.bool_):
-        program = compiled(name, dtype, weights_dtype, differentiate)
+    for shape, weights_dtype in ((EVEN, jnp.float32), (ODD, jnp.bool_)):
+        program = compiled(name, shape, dtype, weights_dtype, differentiate)
         assert program.memory_analysis().temp_size_in_bytes < 2**20
 
 
 def test_a_sum_has_the_fast_form_too():
     """Its count is unused, and what is unused is removed, the form of the sum with it."""
-    inputs = [jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32)] * 3
+    inputs = [jax.ShapeDtypeStruct(EVEN, jnp.float32)] * 3
     for reduction in ("sum", "average"):
 
         def loss(*arguments, reduction=reduction):
@@ -60,6 +60,7 @@ SHAPES = [
     (7, 1, 4099),
     (2, 1_000_001),
     (1_000_001, 2),
+    (65_537,),
 ]
 
 
@@ -82,7 +83,9 @@ def test_sums_of_any_shape(shape):
         np.testing.assert_allclose(value, total, rtol=0, atol=2e-7 * scale)
 
 
-@pytest.mark.parametrize("shape", [(3, 1_000_001), (1_000_001, 3), (1, 4097), (5, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 1_000_001), (1_000_001, 3), (1, 4097), (3, 65_537), (5, 2, 3)], ids=str
+)
 def test_rows_of_any_length(shape):
     """Reductions within a loss are the kernel's as well."""
     logits = np.random.default_rng(0).normal(size=shape).astype(np.float32)
