@@ -339,7 +339,15 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 @jax.custom_jvp
 def _expected(y: Array, log_sum: Array, below: Array) -> Array:
     """The surprise at each class, ``log_sum - below``, as the labels expect it."""
-    return sum_of(y * (log_sum[..., None] - below), y.ndim - 1)
+
+    def in_one_pass(y: Array, log_sum: Array, below: Array) -> Array:
+        return sum_of(y * (log_sum[..., None] - below), y.ndim - 1)
+
+    def with_exponentials(y: Array, log_sum: Array, below: Array) -> Array:
+        return log_sum * sum_of(y, y.ndim - 1) - sum_of(y * below, y.ndim - 1)
+
+    # A CPU has a pass for each sum. Elsewhere sums that do not wait for log_sum share its pass.
+    return jax.lax.platform_dependent(y, log_sum, below, cpu=in_one_pass, default=with_exponentials)
 
 
 @_expected.defjvp
