@@ -8,7 +8,8 @@ from jax import Array
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jaxlosses._kernel import align, max_and_pick, max_of, reduce_losses, sum_of
+from jaxlosses._kernel import align, reduce_losses
+from jaxlosses._reduce import max_and_pick, max_of, sum_of
 from jaxlosses._typing import (
     AxisName,
     ClassIds,

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlosses._kernel import reduce_losses, sum_of
+from jaxlosses._kernel import reduce_losses
+from jaxlosses._reduce import sum_of
 from jaxlosses._typing import (
     AxisName,
     Reals,

@@ -15,7 +15,7 @@ from properties import PROPERTIES
 import jaxlosses as jl
 
 SOURCE = Path(jl.__file__).parent
-KERNEL, MEAN, TYPING = "_kernel.py", "_mean.py", "_typing.py"
+KERNEL, MEAN, REDUCE, TYPING = "_kernel.py", "_mean.py", "_reduce.py", "_typing.py"
 REGRESSION, CLASSES = "_regression.py", "_classification.py"
 BY_NAME = {check.__name__: check for check in PROPERTIES}
 
@@ -50,7 +50,7 @@ MUTANTS = {
         "the_slope_of_a_weight_is_its_loss",
     ),
     "count from unbroadcast weights": (
-        KERNEL,
+        REDUCE,
         "or x.dtype).astype(x.dtype) * copies",
         "or x.dtype).astype(x.dtype) * 1",
         "absolute_difference",
@@ -148,7 +148,7 @@ MUTANTS = {
         "nothing_counts_gives_zero",
     ),
     "swallow NaN that counts": (
-        KERNEL,
+        REDUCE,
         "return [a[0] + b[0], a[1] + b[1]]",
         "return [jnp.nan_to_num(a[0]) + jnp.nan_to_num(b[0]), a[1] + b[1]]",
         "mean_squared_error",
