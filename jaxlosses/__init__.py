@@ -29,8 +29,8 @@ With ``axis_name``, sum and count run over that mapped axis (or axes) as well.
 **Dtypes.** Arithmetic and results are float32, or float64 where an input is. Integers and booleans
 are read as float32. Gradients have the dtype of what they belong to.
 
-**Options** (all that is keyword-only) are Python values, fixed when a program is compiled. Those of
-a function that :func:`weighted` lifts may be traced.
+**Options** (all that is keyword-only and no array) are Python values, fixed when a program is
+compiled. Those of a function that :func:`weighted` lifts may be traced.
 
 **Errors.** Arguments that cannot be meant raise a ``ValueError`` that names them.
 """
@@ -43,6 +43,7 @@ from jaxlosses._classification import sigmoid_cross_entropy as sigmoid_cross_ent
 from jaxlosses._classification import softmax_cross_entropy as softmax_cross_entropy
 from jaxlosses._classification import sparse_softmax_cross_entropy as sparse_softmax_cross_entropy
 from jaxlosses._collector import LossCollector as LossCollector
+from jaxlosses._linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from jaxlosses._mean import WeightedMean as WeightedMean
 from jaxlosses._regression import absolute_difference as absolute_difference
 from jaxlosses._regression import compute_weighted_loss as compute_weighted_loss

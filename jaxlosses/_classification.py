@@ -286,11 +286,7 @@ def sparse_softmax_cross_entropy(
     _check_classes(logits)
     check_number("label_smoothing", label_smoothing, 1)
     check_number("z_loss", z_loss)
-    labels = _class_ids(labels, logits.shape, ignore_index)
-    weights = align(as_array("weights", weights), labels.shape)
-    if ignore_index is not None:
-        weights = jnp.where(labels == ignore_index, jnp.zeros_like(weights), weights)
-    _debug_check(labels, logits.shape[-1], weights)
+    labels, weights = class_ids(labels, weights, logits.shape, ignore_index)
 
     def formula(x: Array, y: Array) -> Array:
         top, at_label = max_and_pick(x, _is_label(y, x.shape))
@@ -302,7 +298,7 @@ def sparse_softmax_cross_entropy(
         if z_loss:
             losses = losses + z_loss * jnp.square(top + log_sum)
         # A factor of NaN, unlike a selected NaN, reaches the gradient.
-        return losses * jnp.where(_is_class(y, x.shape[-1]), 1, jnp.nan).astype(losses.dtype)
+        return losses * jnp.where(is_class(y, x.shape[-1]), 1, jnp.nan).astype(losses.dtype)
 
     inputs = [logits, labels]
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
@@ -359,7 +355,7 @@ def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, A
     return _expected(*primals), moved + sum_of(y, y.ndim - 1) * dlog_sum
 
 
-def _is_class(labels: Array, classes: int) -> Array:
+def is_class(labels: Array, classes: int) -> Array:
     return (labels >= 0) & (labels < classes)
 
 
@@ -368,11 +364,15 @@ def _is_label(labels: Array, shape: tuple[int, ...]) -> Array:
     return jax.lax.broadcasted_iota(labels.dtype, shape, len(shape) - 1) == labels[..., None]
 
 
-def _class_ids(labels: ArrayLike, logits_shape: tuple[int, ...], ignore_index: int | None) -> Array:
+def class_ids(
+    labels: ArrayLike, weights: ArrayLike, logits_shape: tuple[int, ...], ignore_index: int | None
+) -> tuple[Array, Array]:
+    """Labels of the logits' shape without the classes, and weights, zero where one is ignored."""
     labels = as_array("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"labels must be integers, got dtype {labels.dtype}")
-    if labels.shape not in (logits_shape[:-1], (*logits_shape[:-1], 1)):
+    *shape, classes = logits_shape
+    if list(labels.shape) not in (shape, [*shape, 1]):
         raise ValueError(
             f"labels must have the shape of the logits without the classes, {logits_shape[:-1]}, "
             f"got labels of shape {labels.shape} for logits of shape {logits_shape}"
@@ -384,17 +384,18 @@ def _class_ids(labels: ArrayLike, logits_shape: tuple[int, ...], ignore_index: i
         raise ValueError(f"ignore_index must be a value of {labels.dtype}, got {ignore_index}")
     # Narrow integers could not be compared with the number of classes.
     wide = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
-    return wide.reshape(logits_shape[:-1])
-
-
-def _debug_check(labels: Array, classes: int, weights: Array) -> None:
-    wrong = weights.astype(bool) & ~_is_class(labels, classes)
+    labels = wide.reshape(logits_shape[:-1])
+    weights = align(as_array("weights", weights), labels.shape)
+    if ignore_index is not None:
+        weights = jnp.where(labels == ignore_index, jnp.zeros_like(weights), weights)
+    wrong = weights.astype(bool) & ~is_class(labels, classes)
     checkify.debug_check(
         ~jnp.any(wrong),
         "labels must be in [0, {classes}) where they count, got {label}",
         classes=jnp.asarray(classes),
         label=jnp.max(labels, initial=jnp.iinfo(labels.dtype).min, where=wrong),
     )
+    return labels, weights
 
 
 def _check_classes(logits: Array) -> None:

@@ -7,7 +7,17 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Hashable
-from typing import Annotated, Any, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +42,12 @@ class Holds:
     Attributes:
         domain: What each number is; ``tests/arguments.py`` draws valid ones by this name.
         inner: The axes that one loss consumes, after the axes that the losses keep.
+        shared: All losses have the same, so that it has none of the losses' axes.
     """
 
     domain: str
     inner: tuple[str, ...] = ()
+    shared: bool = False
 
 
 Reals: TypeAlias = Annotated[ArrayLike, Holds("real")]
@@ -46,13 +58,25 @@ UnitVectors: TypeAlias = Annotated[ArrayLike, Holds("unit vector", inner=("featu
 ClassLogits: TypeAlias = Annotated[ArrayLike, Holds("logit", inner=("classes",))]
 ClassProbabilities: TypeAlias = Annotated[ArrayLike, Holds("distribution", inner=("classes",))]
 ClassIds: TypeAlias = Annotated[ArrayLike, Holds("class id")]
+Hidden: TypeAlias = Annotated[ArrayLike, Holds("real", inner=("features",))]
+Kernel: TypeAlias = Annotated[ArrayLike, Holds("real", inner=("features", "classes"), shared=True)]
+Bias: TypeAlias = Annotated[ArrayLike, Holds("real", inner=("classes",), shared=True)]
 Weights: TypeAlias = Annotated[ArrayLike, Holds("weight")]
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
-    """``jax.jit`` with keyword-only arguments static and the signature kept for type checkers."""
+    """``jax.jit`` with options static and the signature kept for type checkers.
+
+    Options are what is keyword-only and not annotated as an array.
+    """
+    hints = get_type_hints(function, include_extras=True)
     parameters = inspect.signature(function).parameters.values()
-    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    options = [
+        p.name
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY
+        and not any(get_origin(hint) is Annotated for hint in get_args(hints[p.name]))
+    ]
     jitted = jax.jit(function, static_argnames=options)
 
     @functools.wraps(function)

@@ -31,15 +31,22 @@ class Case:
         return self.batch[:1] if per_sample else self.batch
 
     def shape(self, name: str, batch: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        inner = self.inputs[name].inner
-        sizes = () if inner in ((), ("elements",)) else (CLASSES,)
-        return (self.batch if batch is None else batch) + sizes
+        held = self.inputs[name]
+        inner = () if held.inner == ("elements",) else (CLASSES,) * len(held.inner)
+        return inner if held.shared else (self.batch if batch is None else batch) + inner
 
     def draw(self, seed: int = 0, batch: tuple[int, ...] | None = None) -> list[Any]:
+        """What all losses share is the same whatever the seed."""
         rng = np.random.default_rng(seed)
         return [
-            _draw(rng, held.domain, self.shape(name, batch)) for name, held in self.inputs.items()
+            _draw(np.random.default_rng(9) if h.shared else rng, h.domain, self.shape(name, batch))
+            for name, h in self.inputs.items()
         ]
+
+    def of_each(self, function: Callable[[Any], Any], values: list[Any]) -> list[Any]:
+        """``function`` of the inputs but those that all losses share."""
+        held = self.inputs.values()
+        return [v if h.shared else function(v) for v, h in zip(values, held, strict=True)]
 
     def weights(self, seed: int = 0) -> Any:
         """Weights of the losses' shape, with a zero in row 0 and a whole row 1 of zeros."""
@@ -52,11 +59,19 @@ class Case:
         """The inputs with rubbish wherever the weight is zero."""
         hidden = []
         for value, held in zip(values, self.inputs.values(), strict=True):
+            if held.shared:
+                hidden.append(value)
+                continue
             mask = np.asarray(weights == 0)
             mask = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
             filler = label if held.domain == "class id" else rubbish
             hidden.append(jnp.where(mask, jnp.asarray(filler, value.dtype), value))
         return hidden
+
+    @property
+    def computes(self) -> bool:
+        """Whether it computes, with what its losses share, more than it reads."""
+        return any(held.shared for held in self.inputs.values())
 
     @property
     def floats(self) -> tuple[int, ...]:

@@ -33,14 +33,18 @@ def jit_is_eager_with_one_trace(case: Case) -> None:
 
 def vmap_is_a_loop(case: Case) -> None:
     draws = [(*case.draw(seed), case.weights(seed)) for seed in range(3)]
-    stacked = [jnp.stack(column) for column in zip(*draws, strict=True)]
+    axes = (*case.of_each(lambda _: 0, [None] * len(case.inputs)), 0)
+    columns = zip(zip(*draws, strict=True), axes, strict=True)
+    stacked = [c[0] if axis is None else jnp.stack(c) for c, axis in columns]
     for reduction in REDUCTIONS:
         loss = functools.partial(case.loss, reduction=reduction)
         loop = [loss(*draw) for draw in draws]
-        close(jax.vmap(loss)(*stacked), jax.tree.map(lambda *x: jnp.stack(x), *loop), rtol=1e-5)
+        close(
+            jax.vmap(loss, axes)(*stacked), jax.tree.map(lambda *x: jnp.stack(x), *loop), rtol=1e-5
+        )
     grad = jax.grad(case.loss, every_argument(case))
     loop = [grad(*draw) for draw in draws]
-    close(jax.vmap(grad)(*stacked), jax.tree.map(lambda *x: jnp.stack(x), *loop), rtol=1e-5)
+    close(jax.vmap(grad, axes)(*stacked), jax.tree.map(lambda *x: jnp.stack(x), *loop), rtol=1e-5)
 
 
 def finite_differences_agree(case: Case) -> None:
@@ -175,7 +179,7 @@ def a_zero_row_is_a_dropped_row(case: Case) -> None:
     for reduction in ("mean", "average", "sum", "parts"):
         close(
             case.loss(*values, weights, reduction=reduction),
-            case.loss(*(v[kept] for v in values), weights[kept], reduction=reduction),
+            case.loss(*case.of_each(lambda v: v[kept], values), weights[kept], reduction=reduction),
             rtol=1e-5,
         )
 
@@ -277,7 +281,7 @@ def members_of_an_axis_agree_with_the_whole(case: Case) -> None:
         mapped = jax.shard_map(
             functools.partial(loss, axis_name="data"),
             mesh=mesh,
-            in_specs=(rows,) * (len(values) + 1),
+            in_specs=(*case.of_each(lambda _: rows, [PartitionSpec()] * len(values)), rows),
             out_specs=PartitionSpec(),
         )
         gradients = (jax.value_and_grad(f, every_argument(case)) for f in (mapped, loss))
@@ -294,10 +298,12 @@ def sharded_is_local(case: Case) -> None:
         mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
         with jax.set_mesh(mesh):
             for spec in (("data",), ("data", None, "model"), ("data", "model")):
-                placed = [
-                    jax.device_put(v, NamedSharding(mesh, PartitionSpec(*spec[: v.ndim])))
-                    for v in (*values, weights)
-                ]
+
+                def place(v, spec=spec, mesh=mesh):
+                    return jax.device_put(v, NamedSharding(mesh, PartitionSpec(*spec[: v.ndim])))
+
+                whole = [place(v, ()) for v in values]
+                placed = [*case.of_each(place, whole), place(weights)]
                 close(gradient(*placed), expected, rtol=1e-5)
                 replicated = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
                 close(case.loss(*placed[:-1], replicated), expected[0], rtol=1e-5)
