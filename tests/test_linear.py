@@ -46,20 +46,19 @@ def both(labels, **options):
     return of(linear), of(through_logits)
 
 
-@pytest.mark.parametrize(
-    ("options", "block_size"),
-    [
-        ({}, 4),  # And 3 that are left.
-        ({"label_smoothing": 0.1}, 11),
-        ({"z_loss": 0.1}, 1),
-        ({"logit_soft_cap": 2.0}, (6, None)),  # Five blocks, each from two segments of ten rows.
-        (EVERYTHING, (12, None)),  # Two rows of each segment of five, and one of each is left.
-        (EVERYTHING, 4),
-        (EVERYTHING, None),
-    ],
-    ids=str,
-)
-def test_value_and_derivatives(options, block_size):
+CUTS = {
+    "a rest of three classes": ({"label_smoothing": 0.1}, 4),
+    "one block": ({"z_loss": 0.1}, 11),
+    "tokens from two segments": ({"logit_soft_cap": 2.0}, (6, None)),
+    "tokens from two segments, and a rest": (EVERYTHING, (12, None)),
+    "single classes": (EVERYTHING, 1),
+    "as chosen": ({}, None),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_value_and_derivatives(cut):
+    options, block_size = CUTS[cut]
     *floats, labels = draw()
 
     def everything(loss):
@@ -70,19 +69,16 @@ def test_value_and_derivatives(options, block_size):
     close(*(jax.jit(everything, static_argnums=0)(f) for f in (blocks, whole)))
 
 
-@pytest.mark.parametrize("moved", [(1,), (0, 2)])
+@pytest.mark.parametrize("moved", [(1,), (0, 2)], ids=str)
 def test_uneven_cotangents_where_some_arguments_are_held(moved):
     *floats, labels = draw()
+    cotangent = jnp.cos(jnp.arange(30.0)).reshape(TOKENS)
 
-    def pull(loss):
-        def some(*points):
-            given = dict(enumerate(floats)) | dict(zip(moved, points, strict=True))
-            return loss(*given.values())
+    def gradient(loss):
+        return jax.grad(lambda *a: jnp.sum(loss(*a) * cotangent), moved)(*floats)
 
-        value, back = jax.vjp(some, *(floats[i] for i in moved))
-        return value, back(jnp.cos(jnp.arange(30.0)).reshape(TOKENS))
-
-    close(*(pull(f) for f in both(labels, reduction="none", block_size=4)))
+    blocks, whole = both(labels, reduction="none", block_size=4)
+    close(*(jax.jit(gradient, static_argnums=0)(f) for f in (blocks, whole)))
 
 
 def test_second_order():
@@ -94,17 +90,18 @@ def test_second_order():
         close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("block_size", [4, (6, None)], ids=str)
-@pytest.mark.parametrize("shared", [(1, 2), (0, 3)], ids=["kernel", "hidden"])
+@pytest.mark.parametrize(
+    ("shared", "block_size"), [((1, 2), 4), ((1, 2), (6, None)), ((0, 3), 4)], ids=str
+)
 def test_vmap(shared, block_size):
     *floats, labels = draw()
-    axes = tuple(None if i in shared else 0 for i in EVERY)
+    axes = [None if i in shared else 0 for i in EVERY]
     stacked = [x if i in shared else jnp.stack([x, -x]) for i, x in enumerate(floats)]
-    gradients = (
-        jax.grad(lambda *a, f=f: jnp.sin(jax.vmap(f, axes)(*a)).sum(), EVERY)
-        for f in both(labels, block_size=block_size)
-    )
-    close(*(jax.jit(g)(*stacked) for g in gradients))
+
+    def gradient(loss):
+        return jax.grad(lambda *a: jnp.sin(jax.vmap(loss, axes)(*a)).sum(), EVERY)(*stacked)
+
+    close(*(jax.jit(gradient, static_argnums=0)(f) for f in both(labels, block_size=block_size)))
 
 
 def test_checkpoint_and_scan():
@@ -155,26 +152,24 @@ def test_ignored_and_impossible_labels():
     assert jnp.isnan(found).sum() == found[2].size
 
 
-def test_large_logits_keep_their_digits_and_classes_can_be_ruled_out():
-    hidden, kernel, bias, weights, labels = draw()
-    high = 1e4 + bias
-    exact = np.asarray(hidden, np.float64) @ np.asarray(kernel, np.float64) + np.asarray(high)
-    top = exact.max(-1, keepdims=True)
-    log_sum = (top + np.log(np.exp(exact - top).sum(-1, keepdims=True)))[..., 0]
+def test_large_logits_keep_their_digits():
+    hidden, kernel, bias, _, labels = draw()
+    floats = [np.asarray(x, np.float64) for x in (hidden, kernel, 1e4 + bias)]
+    exact = floats[0] @ floats[1] + floats[2]
+    log_sum = 1e4 + np.log(np.exp(exact - 1e4).sum(-1))
     at_label = np.take_along_axis(exact, np.asarray(labels)[..., None], -1)[..., 0]
-    for smoothing in (0, 0.5):
-        expected = log_sum - (1 - smoothing) * at_label - smoothing * exact.mean(-1)
-        options = {"label_smoothing": smoothing, "block_size": 2, "reduction": "none"}
-        losses = linear(hidden, kernel, labels, bias=high, **options)
-        # Two units of a logit's last place.
-        np.testing.assert_allclose(losses, expected, atol=4e-3)
-    # All of the first block, and of another.
-    bias = bias.at[jnp.array([0, 1, 2, 3, 9, 10])].set(-jnp.inf)
-    blocks, whole = both(jnp.clip(labels, 4, 8), block_size=2)
-    gradients = (
-        jax.value_and_grad(f, (0, 1))(hidden, kernel, bias, weights) for f in (blocks, whole)
-    )
-    close(*gradients)
+    options = {"label_smoothing": 0.5, "block_size": 2, "reduction": "none"}
+    losses = linear(hidden, kernel, labels, bias=1e4 + bias, **options)
+    expected = log_sum - at_label / 2 - exact.mean(-1) / 2
+    np.testing.assert_allclose(losses, expected, atol=2e-3)  # Two units of a logit's last place.
+
+
+def test_classes_can_be_ruled_out():
+    """All of the first block, and of another."""
+    *floats, labels = draw()
+    floats[2] = floats[2].at[jnp.array([0, 1, 2, 3, 9, 10])].set(-jnp.inf)
+    losses = both(jnp.clip(labels, 4, 8), block_size=2)
+    close(*(jax.jit(jax.value_and_grad(f, (0, 1)))(*floats) for f in losses))
 
 
 @pytest.mark.parametrize(
@@ -289,25 +284,27 @@ def test_members_of_an_axis_agree_with_the_whole(reduction, block_size, check_vm
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("argument", "given", "message"),
     [
-        ({"kernel": (5, 11)}, r"kernel must be \[features, classes\].*\(5, 11\).*\(4, 3, 6\)"),
-        ({"kernel": (6, 0)}, r"kernel.*\(6, 0\)"),
-        ({"hidden": ()}, r"hidden of shape \(\)"),
-        ({"bias": (1,)}, r"bias must have shape \(11,\), got \(1,\)"),
-        ({"labels": (4,)}, r"labels.*\(4, 3\).*\(4,\)"),
-        ({"label_smoothing": 2.0}, "label_smoothing.*2.0"),
-        ({"logit_soft_cap": 0.0}, "logit_soft_cap must be positive, got 0.0"),
-        ({"logit_soft_cap": np.ones(())}, "logit_soft_cap must be a Python value"),
-        ({"block_size": 0}, "block_size.*got 0"),
-        ({"block_size": (2, 3)}, r"block_size.*got \(2, 3\)"),
-        ({"block_size": 1.5}, "block_size.*1.5"),
-        ({"ignore_index": 2**40}, "ignore_index.*int32"),
+        ("kernel", (5, 11), r"kernel must be \[features, classes\].*\(5, 11\).*\(4, 3, 6\)"),
+        ("kernel", (6,), r"kernel.*\(6,\)"),
+        ("kernel", (6, 0), r"kernel.*\(6, 0\)"),
+        ("hidden", (), r"hidden of shape \(\)"),
+        ("bias", (1,), r"bias must have shape \(11,\), got \(1,\)"),
+        ("labels", (4,), r"labels.*\(4, 3\).*\(4,\)"),
+        ("logit_soft_cap", 0.0, "logit_soft_cap must be positive, got 0.0"),
+        ("logit_soft_cap", np.ones(()), "logit_soft_cap must be a Python value"),
+        ("label_smoothing", 2.0, "label_smoothing.*2.0"),
+        ("z_loss", -1.0, "z_loss.*-1.0"),
+        ("block_size", 0, "block_size.*got 0"),
+        ("block_size", (2, 3), r"block_size.*got \(2, 3\)"),
+        ("block_size", 1.5, "block_size.*1.5"),
+        ("ignore_index", 2**40, "ignore_index.*int32"),
     ],
 )
-def test_arguments_are_checked(arguments, message):
-    given = {"hidden": (4, 3, 6), "kernel": (6, 11), "labels": (4, 3), **arguments}
-    for name in given.keys() & {"hidden", "kernel", "labels", "bias"}:
-        given[name] = np.ones(given[name], np.int32 if name == "labels" else np.float32)
+def test_arguments_are_checked(argument, given, message):
+    options = {"hidden": (4, 3, 6), "kernel": (6, 11), "labels": (4, 3), argument: given}
+    for name in options.keys() & {"hidden", "kernel", "labels", "bias"}:
+        options[name] = np.ones(options[name], np.int32 if name == "labels" else np.float32)
     with pytest.raises(ValueError, match=message):
-        linear(**given)
+        linear(**options)
