@@ -1,4 +1,4 @@
-"""Measure every loss against its peers, and write RESULTS.md and results.png."""
+"""Measure every loss against its peers, and write RESULTS.md and its pictures."""
 
 import os
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import peers, report, tpu, workloads
+from benchmarks import peers, report, tpu, vocabulary, workloads
 from benchmarks.timing import interleave
 from benchmarks.workloads import COMPILE, NAIVE, OURS, PAIRWISE, PASSES, SPARSE, SQUARED, XLA, C
 
@@ -33,6 +33,7 @@ class Suite:
         self.jax_peers = [peer for peer in self.peers if peer.name in (OURS, NAIVE)]
         self.rows: list[dict[str, Any]] = []
         self.points: list[dict[str, Any]] = []
+        self.classes: list[dict[str, Any]] = []
 
     def inputs(self, name: str) -> list[np.ndarray]:
         return workloads.make(name, workloads.shape_of(name, self.scale))
@@ -86,6 +87,36 @@ class Suite:
             rows = self.measure(some, SQUARED, mode, inputs, 5)
             self.points += [row | {"bytes": 2**power} for row in rows.values()]
         return report.sweep(self.points, [peer.name for peer in some])
+
+    def vocabulary(self) -> str:
+        some, left_out = vocabulary.load()
+        self.notes += left_out
+        tokens, features, powers = (64, 16, (7, 8)) if self.quick else (2048, 512, range(13, 19))
+        for power, mode in itertools.product(powers, PASSES):
+            inputs, calls, rows = vocabulary.make(tokens, features, 2**power), {}, {}
+            for name, peer in some.items():
+                try:
+                    call, size = peer(mode, inputs)
+                except Exception as error:  # A peer that fails is a line, not the end.
+                    if name == OURS:
+                        raise
+                    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                    self.notes.append(f"{name} fails at {2**power} classes (`{mode}`): {reason}")
+                    continue
+                point = {"classes": 2**power, "pass": mode, "peer": name}
+                if size > vocabulary.LIMIT:
+                    size, limit = report.size(size), report.size(vocabulary.LIMIT)
+                    what = f"{2**power} classes (`{mode}`)"
+                    self.notes.append(f"{name} is left out at {what}: {size} is over {limit}")
+                    continue
+                calls[name], rows[name] = call, point | {"temporaries": size}
+            seconds = interleave(calls, 3, self.turn)
+            for name, row in rows.items():
+                row["ms"] = float(np.median(seconds[name])) * 1e3
+                row["ratio"] = float(np.median(seconds[name] / seconds[OURS]))
+                print(f"  {2**power} {mode} {row['ratio']:6.2f} {row['ms']:8.3g} ms {name}")
+            self.classes += rows.values()
+        return report.vocabulary(self.classes, [*some], f"[{tokens}, {features}]")
 
     def small(self) -> str:
         rows = []
@@ -144,7 +175,7 @@ class Suite:
 
 
 def main() -> None:
-    sections = ("speed", "sweep", "small", "accuracy", "tpu", "gpu")
+    sections = ("speed", "sweep", "vocabulary", "small", "accuracy", "tpu", "gpu")
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--out-dir", type=Path, default=Path("benchmarks"))
     parser.add_argument("--only", nargs="+", choices=workloads.LOSSES, metavar="LOSS")
@@ -157,8 +188,9 @@ def main() -> None:
     options.out_dir.mkdir(parents=True, exist_ok=True)
     try:
         report.picture(options.out_dir / "results.png", suite.rows, suite.points)
+        report.vocabulary_picture(options.out_dir / "vocabulary.png", suite.classes)
     except ImportError as error:
-        suite.notes.append(f"The picture is left out: {error}")
+        suite.notes.append(f"The pictures are left out: {error}")
     elements, logits = (
         "{} by {}".format(*workloads.shape_of(n, suite.scale)) for n in (SQUARED, SPARSE)
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.workloads import COMPILE, EAGER, GRAPH, KERAS, NAIVE, OURS, PASSES, XLA, C, goals
 
-PACKAGES = "jax jaxlib libtpu optax keras tensorflow tensorflow-cpu torch numpy"
+PACKAGES = "jax jaxlib libtpu optax tokamax keras tensorflow tensorflow-cpu torch numpy"
 # Each peer's mark and colour in the picture.
 MARKS = {EAGER: "s:olive", COMPILE: "D:red", GRAPH: "v:brown", XLA: "^:orange"}
 MARKS |= {KERAS: "o:purple", C: "|:black"}
@@ -107,6 +107,57 @@ def sweep(points: list[dict[str, Any]], peers: Sequence[str]) -> str:
     ]
     text = "Bytes of predictions, labels, weights and gradient, each once, over the time.\n\n"
     return section("Size: GB/s of `mean_squared_error`", ("inputs", "pass", *peers), rows, text)
+
+
+def vocabulary(points: list[dict[str, Any]], peers: Sequence[str], hidden: str) -> str:
+    found = {(p["classes"], p["pass"], p["peer"]): p for p in points}
+    rows = []
+    for classes, mode in dict.fromkeys(key[:2] for key in found):
+        cells = []
+        for peer in peers:
+            row = found.get((classes, mode, peer))
+            time = row and (f"{row['ms']:.3g} ms" if peer == OURS else f"{row['ratio']:.2f}")
+            cells.append(f"{time}, {size(row['temporaries'])}" if row else "")
+        rows.append([classes, f"`{mode}`", *cells])
+    text = (
+        f"`linear_softmax_cross_entropy` of hidden {hidden} and a kernel that grows, against the "
+        "way through the logits, and tokamax, which takes it too where there is no TPU. For each "
+        "its temporaries, and how many times longer than ours it takes: below 1 ours is slower. "
+        "torch's temporaries are estimated: its copies of the logits.\n\n"
+        "![Time and temporaries](vocabulary.png)\n\n"
+    )
+    return section("Vocabulary: the last layer", ("classes", "pass", *peers), rows, text)
+
+
+def vocabulary_picture(path: Path, points: list[dict[str, Any]]) -> None:
+    """Draw how time and temporaries of ``value_and_grad`` grow with the vocabulary."""
+    if not points:
+        return
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    points = [p for p in points if p["pass"] == PASSES[1]]
+    titles = {"ratio": "Time over that of jaxlosses", "temporaries": "Temporaries, MB"}
+    for panel, (key, title) in zip(panels, titles.items(), strict=True):
+        for i, peer in enumerate(dict.fromkeys(p["peer"] for p in points)):
+            line = [p for p in points if p["peer"] == peer]
+            values = [p[key] / (2**20 if key == "temporaries" else 1) for p in line]
+            width = 3 if peer == OURS else 1.5
+            panel.plot([p["classes"] for p in line], values, "o-", lw=width, c=f"C{i}", label=peer)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ticks := sorted({p["classes"] for p in points}), map(str, ticks))
+        panel.set_xlabel("classes")
+        panel.set_title(f"{title} (value_and_grad)", loc="left")
+        panel.minorticks_off()
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25)
+    panels[0].set_ylim(bottom=0)
+    panels[1].set_yscale("log")
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 def picture(path: Path, rows: list[dict[str, Any]], points: list[dict[str, Any]]) -> None:
