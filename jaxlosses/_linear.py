@@ -65,12 +65,13 @@ def linear_softmax_cross_entropy(
     + z \left(\log \sum_c e^{x_c}\right)^2, \quad x = a \tanh\frac{h K + b}{a}$$
 
     Logits are computed block by block in float32 at least, and in the derivative again, for four
-    matrix products instead of three. Temporary memory is that of one block, and of the gradient
-    with respect to ``hidden`` in float32; the size of the vocabulary does not enter.
+    matrix products instead of three. Temporary memory is that of one block, and in float32 of the
+    gradient with respect to ``hidden``; the number of classes does not enter.
 
-    Blocks are cut from the classes, unless these are sharded and the tokens are not: from the
-    tokens then. An Explicit mesh shows how arrays are sharded, an Auto mesh does not: where it has
-    the classes sharded, ``block_size=(256, None)`` keeps the kernel from being gathered.
+    Blocks are cut from the classes, or where these are sharded, from the tokens (then the float32
+    gradient is that of ``kernel``). An Explicit mesh shows how arrays are sharded, an Auto mesh
+    does not: where it has the classes sharded, ``block_size=(256, None)`` keeps the kernel from
+    being gathered.
 
     Args:
         hidden: Real numbers ``[batch, d1, ..., dN, features]``.
