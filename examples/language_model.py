@@ -1,0 +1,236 @@
+"""Learn to write Python from the standard library, with a vocabulary of tens of thousands.
+
+A small causal transformer learns the source code that comes with every Python, definition by
+definition, several of them packed into a row, with padding at weight zero. The logits of 32,768
+tokens would be by far the largest array of a training step; ``linear_softmax_cross_entropy`` takes
+the last hidden layer and the kernel, and never holds them. Its memory is compared with that of a
+loss of logits, and the model, on files held out, with the mere frequency of each token.
+
+Run ``python examples/language_model.py``; it takes about five minutes on two CPU cores.
+"""
+
+import argparse
+import collections
+import functools
+import math
+import re
+import sysconfig
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from tqdm import trange
+
+import jaxlosses as jl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
+DEFINITION = re.compile(rb"(?<=\n\n)(?=\S)")  # After a blank line, and not indented.
+WORD = re.compile(rb"[ ._(]?[A-Za-z]+|\d|\n\s*|[^\w\s]+|\s+|.", re.DOTALL)
+LENGTH, BATCH, MICROBATCHES, WIDTH, LAYERS = 256, 4, 2, 128, 3
+
+
+class Tokenizer:
+    """The most frequent words, and all bytes, so that any text has tokens; 0 stands before it."""
+
+    def __init__(self, texts: list[bytes], size: int):
+        counts = collections.Counter(word for text in texts for word in WORD.findall(text))
+        frequent = sorted((word for word in counts if len(word) > 1), key=lambda w: (-counts[w], w))
+        self.words = [b"", *(bytes([byte]) for byte in range(256)), *frequent][:size]
+        self.ids = {word: i for i, word in enumerate(self.words)}
+
+    def encode(self, text: bytes) -> list[int]:
+        """Token ids: of a word that has none, those of its longest beginning and of the rest."""
+        ids = [0]
+        for word in WORD.findall(text):
+            while word:
+                known = next(n for n in range(len(word), 0, -1) if word[:n] in self.ids)
+                ids.append(self.ids[word[:known]])
+                word = word[known:]
+        return ids
+
+    def bits_per_byte(self, losses: jl.LossCollector, labels: Any) -> float:
+        """A total over another count, that of the bytes which the labels stand for."""
+        nats: Any = losses.losses["cross_entropy"].total
+        return float(nats) / math.log(2) / sum(len(self.words[i]) for i in labels[labels >= 0])
+
+
+class Rows(NamedTuple):
+    """Definitions packed into rows; all arrays are ``[rows, LENGTH]``."""
+
+    tokens: Any
+    labels: Any  # The next token; -1, which no token is, at padding.
+    weights: Any  # False at padding.
+    positions: Any  # In the token's definition, and 0 at padding.
+
+    def take(self, rows: Any) -> "Rows":
+        """Some of the rows."""
+        return Rows(*(array[rows] for array in self))
+
+
+def load() -> tuple[list[bytes], list[bytes]]:
+    """The definitions in the files to learn from, and in every 25th file, which is held out."""
+    library = Path(sysconfig.get_path("stdlib"))
+    paths = sorted(path.relative_to(library) for path in library.rglob("*.py"))
+    paths = [library / path for path in paths if not SKIPPED.intersection(path.parts)]
+    texts, held_out = [], []
+    for i, path in enumerate(paths):
+        (texts if i % 25 else held_out).extend(DEFINITION.split(path.read_bytes()))
+    return texts, held_out
+
+
+def pack(texts: list[bytes], tokenizer: Tokenizer) -> Rows:
+    """Cut what is longer than a row, and put each piece in the first row that has room."""
+    streams = map(tokenizer.encode, texts)
+    pieces = [s[i : i + LENGTH + 1] for s in streams for i in range(0, len(s) - 1, LENGTH)]
+    room = np.full(len(pieces), LENGTH)
+    tokens, positions = np.zeros((2, room.size, LENGTH), np.int32)
+    labels = np.full_like(tokens, -1)
+    for piece in pieces:
+        size = len(piece) - 1
+        row = np.argmax(room >= size)
+        place = row, slice(LENGTH - room[row], LENGTH - room[row] + size)
+        tokens[place], labels[place], positions[place] = piece[:-1], piece[1:], np.arange(size)
+        room[row] -= size
+    return Rows(tokens, labels, labels >= 0, positions).take(room < LENGTH)
+
+
+class LanguageModel(nnx.Module):
+    """A transformer without its last product: the logits are ``hidden @ kernel``."""
+
+    def __init__(self, size: int, rngs: nnx.Rngs):
+        normal, zeros = nnx.initializers.normal(0.02), nnx.initializers.zeros
+        self.embed = nnx.Embed(size, WIDTH, embedding_init=normal, rngs=rngs)
+        self.position = nnx.Embed(LENGTH, WIDTH, embedding_init=normal, rngs=rngs)
+        self.norms, self.attention, self.dense = nnx.List(), nnx.List(), nnx.List()
+        options = {"decode": False, "out_kernel_init": zeros, "rngs": rngs}
+        for _ in range(LAYERS):
+            self.norms.append(nnx.RMSNorm(WIDTH, rngs=rngs))
+            self.attention.append(nnx.MultiHeadAttention(4, WIDTH, **options))
+            norm, up = nnx.RMSNorm(WIDTH, rngs=rngs), nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
+            down = nnx.Linear(4 * WIDTH, WIDTH, kernel_init=zeros, rngs=rngs)
+            self.dense.append(nnx.Sequential(norm, up, nnx.gelu, down))
+        self.last_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
+
+    def __call__(self, rows: Rows) -> tuple[Array, Array]:
+        """``hidden`` is ``[batch, length, width]``; ``kernel`` is the embedding's transpose."""
+        begun = jnp.cumsum(rows.positions == 0, axis=1)  # Which of the row's definitions it is.
+        mask = (begun[:, :, None] == begun[:, None, :]) & jnp.tri(LENGTH, dtype=bool)
+        x = math.sqrt(WIDTH) * self.embed(rows.tokens) + self.position(rows.positions)
+        for norm, attention, dense in zip(self.norms, self.attention, self.dense, strict=True):
+            x = x + attention(norm(x), mask=mask[:, None])
+            x = x + dense(x)
+        return self.last_norm(x), self.embed.embedding[...].T
+
+
+def collect(graph: Any, fused: bool, z_loss: float, params: Any, rows: Rows) -> jl.LossCollector:
+    """The loss, undivided; a label may be -1 where its weight is zero."""
+    hidden, kernel = nnx.merge(graph, params)(rows)
+    rest, options = (rows.labels, rows.weights), {"z_loss": z_loss, "reduction": "parts"}
+    if fused:
+        loss = jl.linear_softmax_cross_entropy(hidden, kernel, *rest, **options)
+    else:
+        loss = jl.sparse_softmax_cross_entropy(hidden @ kernel, *rest, **options)
+    return jl.LossCollector().add_loss("cross_entropy", loss)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
+def step(graph: Any, fused: bool, optimizer: Any, params: Any, state: Any, rows: Rows) -> Any:
+    """Descend, by a gradient that is exact over microbatches of more and of less padding."""
+    loss_fn = functools.partial(collect, graph, fused, 1e-4)
+    (_, losses), grads = jl.accumulate_value_and_grad(loss_fn, MICROBATCHES)(params, rows)
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, losses
+
+
+@nnx.jit
+def write(model: LanguageModel, tokens: Any, start: Any, key: Array) -> Array:
+    """Continue ``tokens[:start]``, one token after another, as the model would."""
+
+    def add(i: Array, tokens: Array) -> Array:
+        row = tokens[None]
+        hidden, kernel = model(Rows(row, row, row, jnp.arange(LENGTH)[None]))
+        logits = hidden[0, i - 1] @ kernel / 0.7  # The temperature.
+        return tokens.at[i].set(jax.random.categorical(jax.random.fold_in(key, i), logits))
+
+    return jax.lax.fori_loop(start, LENGTH, add, tokens)
+
+
+def draw(out: str, learned: list, held: list, unigram: float, memory: dict[str, float]) -> None:
+    """Write the picture: bits per byte on the way, and the memory of a step."""
+    plt.rc("axes.spines", top=False, right=False)
+    figure = plt.figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(5, 2))
+    left.plot(np.arange(len(learned)) + 1, learned, color="0.8", label="batches learned from")
+    left.plot(*zip(*held, strict=True), "o-", label="held-out files")
+    left.axhline(unigram, color="black", linestyle="--", label="held-out files, unigram model")
+    left.set(xlabel="step", ylabel="bits per byte", title="How well Python is predicted")
+    left.legend(frameon=False)
+    bars = right.bar(list(memory), list(memory.values()), 0.6, color=["tab:blue", "tab:red"])
+    right.bar_label(bars, fmt="{:,.0f}")
+    right.set(ylabel="MB", title="Temporary memory of a training step")
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    """Train, compare, write."""
+    parser = argparse.ArgumentParser(description="Learn to write Python.")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--vocabulary", type=int, default=32768)
+    parser.add_argument("--out", default="language_model.png")
+    options = parser.parse_args()
+
+    texts, held_texts = load()
+    tokenizer = Tokenizer(texts, options.vocabulary)
+    train, held, size = pack(texts, tokenizer), pack(held_texts, tokenizer), len(tokenizer.words)
+    print(f"{train.weights.sum():,} tokens, {size:,} kinds, {1 - train.weights.mean():.2%} padding")
+    graph, params = nnx.split(LanguageModel(size, nnx.Rngs(0)))
+    warm_up, steps = options.steps // 10 + 1, options.steps
+    schedule = optax.warmup_cosine_decay_schedule(0, 3e-3, warm_up, steps + 1)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    state, rng = optimizer.init(params), np.random.default_rng(0)
+    arguments = optimizer, params, state, train.take(slice(BATCH))
+    fused, of_logits = (step.lower(graph, f, *arguments).compile() for f in (True, False))
+    programs: dict[str, Any] = {"fused loss": fused, "loss of logits": of_logits}
+    memory = {n: p.memory_analysis().temp_size_in_bytes / 1e6 for n, p in programs.items()}
+
+    evaluate = jax.jit(functools.partial(collect, graph, True, 0.0))
+    batches = [held.take(slice(i, i + BATCH)) for i in range(0, len(held.tokens), BATCH)]
+    batches = [jl.pad_batch(batch, BATCH)[0] for batch in batches]  # With zeros: weight zero.
+    learned, held_out, progress = [], [(0, math.nan)], trange(1, steps + 1)
+    for i in progress:
+        batch = train.take(rng.choice(len(train.tokens), BATCH, replace=False))
+        params, state, losses = fused(params, state, batch)
+        learned.append(tokenizer.bits_per_byte(losses, batch.labels))
+        if i % 100 == 0 or i == steps:
+            collected: Any = sum(evaluate(params, batch) for batch in batches)
+            held_out.append((i, tokenizer.bits_per_byte(collected, held.labels)))
+        progress.set_postfix(bits_per_byte=f"{learned[-1]:.2f}", held_out=f"{held_out[-1][1]:.2f}")
+
+    counts = 1 + np.bincount(train.labels[train.weights], minlength=size)
+    nats = -np.log(counts / counts.sum())[held.labels[held.weights]]
+    losses = jl.LossCollector().add_loss("cross_entropy", nats)
+    unigram = tokenizer.bits_per_byte(losses, held.labels)
+    print(f"\nHeld-out files, bits per byte\n{'transformer':16}{held_out[-1][1]:8.3f}")
+    print(f"{'unigram model':16}{unigram:8.3f}\n\nTemporary memory of a training step, MB")
+    print("\n".join(f"{name:16}{megabytes:8,.0f}" for name, megabytes in memory.items()))
+    for seed, prompt in enumerate((b"def ", b"class ")):
+        ids = tokenizer.encode(prompt)
+        tokens = np.pad(np.array(ids, np.int32), (0, LENGTH - len(ids)))
+        tokens = write(nnx.merge(graph, params), tokens, len(ids), jax.random.key(seed))
+        text = b"".join(tokenizer.words[i] for i in np.asarray(tokens)).decode(errors="replace")
+        print("\n" + text.partition("\n\n\n")[0])  # Where a definition ends.
+    draw(options.out, learned, held_out, unigram, memory)
+    print(f"\nWrote {options.out}")
+
+
+if __name__ == "__main__":
+    main()
