@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
 DEFINITION = re.compile(rb"(?<=\n\n)(?=\S)")  # After a blank line, and not indented.
-WORD = re.compile(rb"[ ._(]?[A-Za-z]+|\d|\n\s*|[^\w\s]+|\s+|.", re.DOTALL)
+WORD = re.compile(rb"[ .(]?_*[A-Za-z]+(?:__\b)?|_+|\d|\n\s*|[^\w\s]+|\s+|.", re.DOTALL)
 LENGTH, BATCH, MICROBATCHES, WIDTH, LAYERS = 256, 4, 2, 128, 3
 
 
@@ -118,17 +118,18 @@ class LanguageModel(nnx.Module):
             norm, up = nnx.RMSNorm(WIDTH, rngs=rngs), nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs)
             down = nnx.Linear(4 * WIDTH, WIDTH, kernel_init=zeros, rngs=rngs)
             self.dense.append(nnx.Sequential(norm, up, nnx.gelu, down))
+        self.kernel = nnx.Param(normal(rngs.params(), (WIDTH, size)))
         self.last_norm = nnx.RMSNorm(WIDTH, rngs=rngs)
 
     def __call__(self, rows: Rows) -> tuple[Array, Array]:
-        """``hidden`` is ``[batch, length, width]``; ``kernel`` is the embedding's transpose."""
+        """``hidden`` is ``[batch, length, width]``, and ``kernel`` is ``[width, vocabulary]``."""
         begun = jnp.cumsum(rows.positions == 0, axis=1)  # Which of the row's definitions it is.
         mask = (begun[:, :, None] == begun[:, None, :]) & jnp.tri(LENGTH, dtype=bool)
         x = math.sqrt(WIDTH) * self.embed(rows.tokens) + self.position(rows.positions)
         for norm, attention, dense in zip(self.norms, self.attention, self.dense, strict=True):
             x = x + attention(norm(x), mask=mask[:, None])
             x = x + dense(x)
-        return self.last_norm(x), self.embed.embedding[...].T
+        return self.last_norm(x), self.kernel[...]
 
 
 def collect(graph: Any, fused: bool, z_loss: float, params: Any, rows: Rows) -> jl.LossCollector:
@@ -176,7 +177,7 @@ def draw(out: str, learned: list, held: list, unigram: float, memory: dict[str, 
     left.legend(frameon=False)
     bars = right.bar(list(memory), list(memory.values()), 0.6, color=["tab:blue", "tab:red"])
     right.bar_label(bars, fmt="{:,.0f}")
-    right.set(ylabel="MB", title="Temporary memory of a training step")
+    right.set(ylabel="MB of temporaries", title="Memory of a training step")
     figure.savefig(out, dpi=110)
 
 
