@@ -34,7 +34,7 @@ import matplotlib.pyplot as plt
 
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
 DEFINITION = re.compile(rb"(?<=\n\n)(?=\S)")  # After a blank line, and not indented.
-WORD = re.compile(rb"[ .(]?_*[A-Za-z]+(?:__\b)?|_+|\d|\n\s*|[^\w\s]+|\s+|.", re.DOTALL)
+WORD = re.compile(rb"[ .(]?_*[A-Za-z]+(?:__\b)?|_+|\d|\n\s*| ?[^\w\s]+ ?|\s+|.", re.DOTALL)
 LENGTH, BATCH, MICROBATCHES, WIDTH, LAYERS = 256, 4, 2, 128, 3
 
 
@@ -184,7 +184,7 @@ def draw(out: str, learned: list, held: list, unigram: float, memory: dict[str, 
 def main() -> None:
     """Train, compare, write."""
     parser = argparse.ArgumentParser(description="Learn to write Python.")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--vocabulary", type=int, default=32768)
     parser.add_argument("--out", default="language_model.png")
     options = parser.parse_args()
