@@ -9,14 +9,14 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxlosses._mean import widen
-from jaxlosses._typing import check_integer
 
 T = TypeVar("T")
-BlockSize: TypeAlias = int | tuple[int | None, int | None] | None
+BlockSize: TypeAlias = int | tuple[int, None] | None
 Side = Literal["tokens", "classes"]
 
 _BYTES = 2**23  # Of logits in a block: a CPU's cache holds them.
@@ -66,7 +66,8 @@ class Block:
             return x
         axis, split = self._split(x)
         part = lax.dynamic_slice_in_dim(split, self.start, self.length, axis + 1)
-        return part.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+        length = self.blocks.segments * self.length
+        return part.reshape(*x.shape[:axis], length, *x.shape[axis + 1 :])
 
     def put(self, side: Side, x: Array, part: Array) -> Array:
         """``x`` with the block's part of it replaced."""
@@ -74,7 +75,7 @@ class Block:
         if side != self.blocks.side:
             return part
         axis, split = self._split(x)
-        part = part.reshape(*split.shape[: axis + 1], -1, *split.shape[axis + 2 :])
+        part = part.reshape(*split.shape[: axis + 1], self.length, *split.shape[axis + 2 :])
         return lax.dynamic_update_slice_in_dim(split, part, self.start, axis + 1).reshape(x.shape)
 
     def add(self, side: Side, x: Array, part: Array) -> Array:
@@ -98,23 +99,21 @@ def choose_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> Blocks
 
     The classes are cut, or where these are sharded, the tokens.
     """
-    pair = block_size if isinstance(block_size, tuple) else (None, block_size)
-    numbers = [check_integer("block_size", n) for n in pair if n is not None]
-    if len(pair) != 2 or len(numbers) > 1 or any(n < 1 for n in numbers):
-        raise ValueError(
-            f"block_size must be a positive number of classes, or (tokens, None), got {block_size}"
-        )
-    rows, columns = pair
+    rows = columns = None
+    if isinstance(block_size, tuple) and len(block_size) == 2 and block_size[1] is None:
+        rows = _check_size(block_size, block_size[0])
+    elif block_size is not None:
+        columns = _check_size(block_size, block_size)
     sizes, classes = hidden.shape[:-1] or (1,), kernel.shape[1]
     shards = [_shards(hidden, i) for i in range(hidden.ndim - 1)] or [1]
     tokens, class_shards = math.prod(sizes), _shards(kernel, 1)
-    if not numbers:
+    if block_size is None:
         logits = _BYTES // accumulator(hidden, kernel).itemsize * math.prod(shards) * class_shards
         if class_shards > 1:
             rows = max(logits // classes, _FEWEST_TOKENS)
         else:
             columns = max(logits // max(tokens, 1), _FEWEST_CLASSES)
-    if rows is None or not tokens:
+    if rows is None or not tokens or hidden.ndim == 1:
         columns = min(columns or classes, classes)
         return Blocks("classes", -1, 1, columns, *divmod(classes, columns))
     # Of the axes of tokens, the longest that a device has for itself.
@@ -123,6 +122,14 @@ def choose_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> Blocks
     segments = math.gcd(sizes[axis], length)
     length //= segments
     return Blocks("tokens", axis, segments, length, *divmod(sizes[axis] // segments, length))
+
+
+def _check_size(block_size: BlockSize, number: Any) -> int:
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        raise ValueError(
+            f"block_size must be a positive number of classes, or (tokens, None), got {block_size}"
+        )
+    return int(number)
 
 
 def _shards(x: Array, axis: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -81,7 +81,7 @@ def linear_softmax_cross_entropy(
         bias: Real numbers ``[classes]``, the $b$ above.
         label_smoothing: The $s$ above, from 0 to 1.
         z_loss: The $z$ above, not negative; keeps the logits from drifting.
-        logit_soft_cap: The $a$ above, positive; logits stay within it.
+        logit_soft_cap: The $a$ above, from 1e-30 to 1e30; logits stay within it.
         ignore_index: Labels of this value have weight zero.
         block_size: How many classes a block has, or ``(tokens, None)``, about how many tokens.
         reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
@@ -123,9 +123,10 @@ def linear_softmax_cross_entropy(
     check_number("label_smoothing", label_smoothing, 1)
     check_number("z_loss", z_loss)
     if logit_soft_cap is not None:
-        check_number("logit_soft_cap", logit_soft_cap)
-        if not logit_soft_cap:
-            raise ValueError(f"logit_soft_cap must be positive, got {logit_soft_cap!r}")
+        # A wider cap would round logits to nothing, and a narrower one has no inverse.
+        check_number("logit_soft_cap", logit_soft_cap, 1e30)
+        if logit_soft_cap < 1e-30:
+            raise ValueError(f"logit_soft_cap must be at least 1e-30, got {logit_soft_cap!r}")
     shape = (*hidden.shape[:-1], classes)
     labels, weights = class_ids(labels, weights, shape, ignore_index)
     blocks = choose_blocks(hidden, kernel, block_size)
@@ -180,8 +181,12 @@ class _Layer:
 
         Probabilities stand for the log-sum-exp, whose slopes they are.
         """
-        hit, x = self.is_label(block, x, labels), self.capped(x)
         top, log_sum = (block.take("tokens", a)[..., None] for a in (top, log_sum))
+        # Infinite is what stands for a token without use: not even a NaN in the kernel reaches it.
+        hit, x = (
+            self.is_label(block, x, labels),
+            self.capped(jnp.where(jnp.isposinf(log_sum), 0, x)),
+        )
         terms = [jnp.exp((x - top) - log_sum), jnp.where(hit, x, 0)]
         terms += [x / self.classes] if self.smooth else []
         return [jnp.sum(term, -1) for term in terms]
@@ -196,7 +201,6 @@ def _statistics(
     The largest, and below it: the logarithm of the sum of exponentials, the logit at the label, and
     where labels are smoothed, the mean logit. ``counts`` says which tokens do, to the derivative.
     """
-    del counts
 
     def step(block: Block, carry: list[Array]) -> list[Array]:
         top, total, at_label, *mean = (block.take("tokens", c) for c in carry)
@@ -217,7 +221,8 @@ def _statistics(
     zeros = jnp.sum(jnp.zeros_like(hidden, accumulator(hidden, kernel, bias)), -1)
     carry = [zeros - jnp.inf, *[zeros] * (3 if layer.smooth else 2)]
     top, total, at_label, *mean = layer.blocks.fold(step, carry)
-    return [top, jnp.log(total), at_label - top, *mean]
+    # Under vmap, JAX wants values mapped over whatever their derivatives are, as counts may be.
+    return [jnp.where(counts, s, s) for s in (top, jnp.log(total), at_label - top, *mean)]
 
 
 def _statistics_jvp(layer: _Layer, primals: Any, tangents: Any) -> tuple[Any, Any]:
@@ -227,7 +232,8 @@ def _statistics_jvp(layer: _Layer, primals: Any, tangents: Any) -> tuple[Any, An
     if not moves:
         return statistics, [jnp.zeros_like(s) for s in statistics]
     # A token that is absent and has no finite logits, or would have none to a derivative, is 0.
-    usable = counts | (jnp.isfinite(log_sum) & jnp.all(jnp.isfinite(hidden), -1))
+    finite = jnp.isfinite(jnp.sum(jnp.square(hidden.astype(top.dtype)), -1)) & jnp.isfinite(log_sum)
+    usable = counts | finite
     hidden = jnp.where(usable[..., None], hidden, jnp.zeros_like(hidden))
     if 0 in moves:
         moves[0] = jnp.where(usable[..., None], moves[0], jnp.zeros_like(moves[0]))
@@ -289,15 +295,23 @@ def _pull_back(*arguments: Array, layer: _Layer, moved: Any, batches: Any) -> li
         (dx,) = pull([block.take("tokens", c) for c in cotangents])
         tokens = list(range(dx.ndim - 1))
         h, k = block.take("tokens", hidden), block.take("classes", kernel)
-        # Not to float16: slopes are as small as a probability over a count.
-        narrow = dx.astype(jnp.bfloat16) if h.dtype == k.dtype == jnp.bfloat16 else dx
-        parts = (
-            matmul(narrow, k, [dx.ndim - 1], [1]),
-            matmul(turned, narrow, [t + 1 for t in tokens], tokens)
-            if layer.blocks.side == "classes"
-            else matmul(h, narrow, tokens, tokens),
-            jnp.sum(dx, tokens),
-        )
+
+        def products(dx: Array) -> list[Array]:
+            of_hidden = matmul(dx, k, [dx.ndim - 1], [1])
+            if layer.blocks.side == "classes":
+                return [of_hidden, matmul(turned, dx, [t + 1 for t in tokens], tokens)]
+            return [of_hidden, matmul(h, dx, tokens, tokens)]
+
+        def narrow_products(dx: Array) -> list[Array]:
+            return products(dx.astype(jnp.bfloat16))
+
+        # Not on a CPU, which gains nothing by it, and has no bfloat16 product of some shapes.
+        # Not to float16 either: slopes are as small as a probability over a count.
+        if h.dtype == k.dtype == jnp.bfloat16:
+            parts = lax.platform_dependent(dx, cpu=products, default=narrow_products)
+        else:
+            parts = products(dx)
+        parts = [*parts, jnp.sum(dx, tokens)]
         return [block.add(sides[i], s, parts[i]) for i, s in zip(moved, sums, strict=True)]
 
     # What is added to from block to block is exact until the end.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Hashable
 from typing import (
     Annotated,
@@ -70,10 +69,10 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     Options are what is keyword-only and not annotated as an array.
     """
     hints = get_type_hints(function, include_extras=True)
-    parameters = inspect.signature(function).parameters.values()
+    signature = inspect.signature(function)
     options = [
         p.name
-        for p in parameters
+        for p in signature.parameters.values()
         if p.kind is p.KEYWORD_ONLY
         and not any(get_origin(hint) is Annotated for hint in get_args(hints[p.name]))
     ]
@@ -82,16 +81,25 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in options:
-            if isinstance(kwargs.get(name), Array | np.ndarray):
+            value = kwargs.get(name)
+            if isinstance(value, Array) or not isinstance(value, Hashable):
                 raise ValueError(
                     f"{name} must be a Python value, fixed when the program is compiled, "
-                    f"got an array"
+                    f"got {value!r} of type {type(value).__name__}"
                 )
-        return jitted(*args, **kwargs)
+        try:
+            return jitted(*args, **kwargs)
+        except TypeError:
+            # JAX's, if it is of an argument that can be none of its own.
+            for name, value in signature.bind(*args, **kwargs).arguments.items():
+                if name not in options and value is not signature.parameters[name].default:
+                    as_array(name, value)
+            raise
 
     return checked
 
 
+_LARGEST = float(np.finfo(np.float32).max)
 # Not ArrayLike, of which tracers are no instances in every JAX.
 _ARRAYS = (Array, np.ndarray, np.generic, bool, int, float, complex)
 
@@ -146,9 +154,9 @@ def check_integer(name: str, value: Any) -> int:
     return int(value)
 
 
-def check_number(name: str, value: Any, largest: float = sys.float_info.max) -> None:
-    """``ValueError`` unless ``value`` is a number from 0 to the largest."""
+def check_number(name: str, value: Any, largest: float = _LARGEST) -> None:
+    """``ValueError`` unless ``value`` is a number from 0 to the largest, by default float32's."""
     real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not real or not 0 <= value <= largest:
-        bound = "not be negative" if largest == sys.float_info.max else f"be from 0 to {largest}"
+        bound = "not be negative" if largest == _LARGEST else f"be from 0 to {largest}"
         raise ValueError(f"{name} must be a finite number and {bound}, got {value!r}")

@@ -261,10 +261,12 @@ def shapes_must_match(case: Case) -> None:
         message = raises(case.loss, *values, weights.astype(np.float32))
         assert str(weights.shape) in message
         assert str(full) in message
-    assert "weights" in raises(case.loss, *values, None)
     assert "weights" in raises(case.loss, *values, np.ones(full, np.complex64))
     assert "reduction" in raises(case.loss, *values, reduction="avg")
-    assert next(iter(case.inputs)) in raises(case.loss, None, *values[1:])
+    for rubbish in (None, "three", object(), [[1.0]]):
+        first = next(iter(case.inputs))
+        assert f"{first} must be an array" in raises(case.loss, rubbish, *values[1:])
+        assert "weights must be an array" in raises(case.loss, *values, rubbish)
 
 
 def members_of_an_axis_agree_with_the_whole(case: Case) -> None:

@@ -91,7 +91,7 @@ def test_second_order():
 
 
 @pytest.mark.parametrize(
-    ("shared", "block_size"), [((1,), 4), ((1, 2), (6, None)), ((0, 3), 4)], ids=str
+    ("shared", "block_size"), [((1,), 4), ((1, 2), (6, None)), ((0, 3), 4), ((0, 1, 2), 4)], ids=str
 )
 def test_vmap(shared, block_size):
     *floats, labels = draw()
@@ -198,7 +198,12 @@ def test_integers_doubles_one_token_and_none():
     rounded = [jnp.round(x) for x in (hidden, kernel)]
     close(linear(*(x.astype(jnp.int32) for x in rounded), labels), linear(*rounded, labels))
     close(linear(hidden[0, 0], kernel, labels[0, 0]), linear(hidden[:1, 0], kernel, labels[:1, :1]))
+    one = linear(hidden[0, 0], kernel, labels[0, 0], block_size=(1, None))
+    close(one, linear(hidden[0, 0], kernel, labels[0, 0]))
     assert linear(hidden[:0], kernel, labels[:0], block_size=(2, None)) == 0
+    for block_size in (4, (2, None)):
+        nothing = linear(hidden[..., :0], kernel[:0], labels, block_size=block_size)
+        close(nothing, np.log(CLASSES))
     with jax.enable_x64(True):
         doubles = [np.asarray(x, np.float64) for x in (hidden, kernel)]
         value = linear(*doubles, labels, block_size=4)
@@ -206,6 +211,39 @@ def test_integers_doubles_one_token_and_none():
             jax.nn.log_softmax(doubles[0] @ doubles[1]), labels[..., None], -1
         )
         np.testing.assert_allclose(value, -picked.mean(), rtol=1e-12)
+
+
+def test_where_nothing_counts_nothing_is_touched():
+    """Not by a kernel or a bias of NaN either."""
+    hidden, kernel, bias, weights, labels = draw()
+    for rubbish, options in ((np.nan, EVERYTHING), (np.inf, {})):
+        for block_size in (4, (6, None)):
+            loss, _ = both(labels, block_size=block_size, **options)
+            floats = (hidden, kernel.at[1, 2].set(rubbish), bias.at[3].set(rubbish), 0 * weights)
+            found = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(*floats)
+            close(found, jax.tree.map(jnp.zeros_like, found), rtol=0, atol=0)
+
+
+def test_absent_logits_beyond_float32_have_no_tangent():
+    hidden, kernel, bias, weights, labels = draw()
+    loss, _ = both(labels, block_size=4, logit_soft_cap=2.0)
+    weights = weights.at[1].set(0)
+    ones = [jnp.ones_like(x) for x in (hidden, kernel, bias)]
+    moves = (*ones, jnp.zeros_like(weights))
+    found, expected = (
+        jax.jvp(loss, (hidden.at[1].set(value), kernel, bias, weights), moves)
+        for value in (3e38, np.nan)
+    )
+    close(found, expected)
+
+
+def test_a_kernel_in_bfloat16_whatever_its_shape():
+    """XLA has no product of bfloat16 on a CPU, where it does not widen both."""
+    hidden, kernel, *_, labels = draw((32,), 8, 128)
+    low = [x.astype(jnp.bfloat16) for x in (hidden, kernel)]
+    found = jax.jit(jax.grad(linear, (0, 1)))(*low, labels)
+    exact = jax.grad(linear, (0, 1))(*(x.astype(jnp.float32) for x in low), labels)
+    close([x.astype(jnp.float32) for x in found], list(exact), rtol=1e-2)
 
 
 def test_matmul_precision_is_respected():
@@ -292,13 +330,15 @@ def test_members_of_an_axis_agree_with_the_whole(reduction, block_size, check_vm
         ("hidden", (), r"hidden of shape \(\)"),
         ("bias", (1,), r"bias must have shape \(11,\), got \(1,\)"),
         ("labels", (4,), r"labels.*\(4, 3\).*\(4,\)"),
-        ("logit_soft_cap", 0.0, "logit_soft_cap must be positive, got 0.0"),
+        ("logit_soft_cap", 0.0, "logit_soft_cap must be at least 1e-30, got 0.0"),
+        ("logit_soft_cap", 1e31, "logit_soft_cap.*1e\\+31"),
         ("logit_soft_cap", np.ones(()), "logit_soft_cap must be a Python value"),
         ("label_smoothing", 2.0, "label_smoothing.*2.0"),
         ("z_loss", -1.0, "z_loss.*-1.0"),
         ("block_size", 0, "block_size.*got 0"),
         ("block_size", (2, 3), r"block_size.*got \(2, 3\)"),
         ("block_size", 1.5, "block_size.*1.5"),
+        ("block_size", (None, 3), r"block_size.*\(None, 3\)"),
         ("ignore_index", 2**40, "ignore_index.*int32"),
     ],
 )

@@ -174,6 +174,8 @@ def test_z_loss_is_the_squared_log_normalizer():
         (jl.log_loss, {"epsilon": float("inf")}, "epsilon must be a finite number"),
         (jl.softmax_cross_entropy, {"label_smoothing": True}, "label_smoothing.*True"),
         (jl.softmax_cross_entropy, {"z_loss": jnp.float32(1)}, "z_loss must be a Python value"),
+        (jl.softmax_cross_entropy, {"z_loss": 1e39}, "z_loss must be a finite number.*1e\\+39"),
+        (jl.log_loss, {"reduction": ["mean"]}, r"reduction must be a Python value.*\['mean'\]"),
     ],
 )
 def test_options_are_checked(loss, options, message):
