@@ -6,7 +6,7 @@ tokens would be by far the largest array of a training step; ``linear_softmax_cr
 the last hidden layer and the kernel, and never holds them. Its memory is compared with that of a
 loss of logits, and the model, on files held out, with the mere frequency of each token.
 
-Run ``python examples/language_model.py``; it takes about five minutes on two CPU cores.
+Run ``python examples/language_model.py``; it takes about four minutes on two CPU cores.
 """
 
 import argparse
