@@ -9,11 +9,10 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxlosses._mean import widen
+from jaxlosses._typing import is_integer, precision
 
 T = TypeVar("T")
 BlockSize: TypeAlias = int | tuple[int, None] | None
@@ -108,7 +107,12 @@ def choose_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> Blocks
     shards = [_shards(hidden, i) for i in range(hidden.ndim - 1)] or [1]
     tokens, class_shards = math.prod(sizes), _shards(kernel, 1)
     if block_size is None:
-        logits = _BYTES // accumulator(hidden, kernel).itemsize * math.prod(shards) * class_shards
+        logits = (
+            _BYTES
+            // jnp.dtype(precision(hidden, kernel)).itemsize
+            * math.prod(shards)
+            * class_shards
+        )
         if class_shards > 1:
             rows = max(logits // classes, _FEWEST_TOKENS)
         else:
@@ -125,7 +129,7 @@ def choose_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> Blocks
 
 
 def _check_size(block_size: BlockSize, number: Any) -> int:
-    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+    if not is_integer(number) or number < 1:
         raise ValueError(
             f"block_size must be a positive number of classes, or (tokens, None), got {block_size}"
         )
@@ -139,14 +143,9 @@ def _shards(x: Array, axis: int) -> int:
     return math.prod(sharding.mesh.shape[n] for n in (names if type(names) is tuple else [names]))
 
 
-def accumulator(*arrays: Array) -> Any:
-    """The dtype of their products' sums."""
-    return max((widen(a).dtype for a in arrays), key=lambda dtype: dtype.itemsize)
-
-
 def matmul(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int]) -> Array:
     """The products' sum over some axes, in float32 at least."""
-    wide = accumulator(x, y)
+    wide = precision(x, y)
     common = x.dtype if x.dtype == y.dtype else wide
     axes = ((x_axes, y_axes), ((), ()))
     return lax.dot_general(x.astype(common), y.astype(common), axes, preferred_element_type=wide)

@@ -291,14 +291,10 @@ def sparse_softmax_cross_entropy(
     def formula(x: Array, y: Array) -> Array:
         top, at_label = max_and_pick(x, _is_label(y, x.shape))
         log_sum = _log_sum(x, top)
-        losses = log_sum - (at_label - top)
-        if label_smoothing:
-            mean = sum_of(x - top[..., None], x.ndim - 1) / x.shape[-1]
-            losses = (1 - label_smoothing) * losses + label_smoothing * (log_sum - mean)
-        if z_loss:
-            losses = losses + z_loss * jnp.square(top + log_sum)
-        # A factor of NaN, unlike a selected NaN, reaches the gradient.
-        return losses * jnp.where(is_class(y, x.shape[-1]), 1, jnp.nan).astype(losses.dtype)
+        mean = sum_of(x - top[..., None], x.ndim - 1) / x.shape[-1] if label_smoothing else None
+        statistics = top, log_sum, at_label - top, mean
+        losses = class_losses(*statistics, label_smoothing=label_smoothing, z_loss=z_loss)
+        return nan_unless_class(losses, y, x.shape[-1])
 
     inputs = [logits, labels]
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
@@ -355,7 +351,32 @@ def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, A
     return _expected(*primals), moved + sum_of(y, y.ndim - 1) * dlog_sum
 
 
-def is_class(labels: Array, classes: int) -> Array:
+def class_losses(
+    top: Array,
+    log_sum: Array,
+    at_label: Array,
+    mean: Array | None = None,
+    *,
+    label_smoothing: float,
+    z_loss: float,
+) -> Array:
+    """Cross-entropy with one class each, of a row's largest logit and what lies below it.
+
+    Below it are the log-sum-exp, the label's logit and, where labels are smoothed, the mean logit.
+    """
+    losses = log_sum - at_label
+    if mean is not None:
+        losses = (1 - label_smoothing) * losses + label_smoothing * (log_sum - mean)
+    return losses + z_loss * jnp.square(top + log_sum) if z_loss else losses
+
+
+def nan_unless_class(losses: Array, labels: Array, classes: int) -> Array:
+    """A factor of NaN, unlike a selected NaN, reaches the gradient."""
+    factor = jnp.where(_is_class(labels, classes), 1, jnp.nan)
+    return losses * factor.astype(losses.dtype)
+
+
+def _is_class(labels: Array, classes: int) -> Array:
     return (labels >= 0) & (labels < classes)
 
 
@@ -388,7 +409,7 @@ def class_ids(
     weights = align(as_array("weights", weights), labels.shape)
     if ignore_index is not None:
         weights = jnp.where(labels == ignore_index, jnp.zeros_like(weights), weights)
-    wrong = weights.astype(bool) & ~is_class(labels, classes)
+    wrong = weights.astype(bool) & ~_is_class(labels, classes)
     checkify.debug_check(
         ~jnp.any(wrong),
         "labels must be in [0, {classes}) where they count, got {label}",

@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 
 from jaxlosses._mean import WeightedMean, divide, psum
 from jaxlosses._reduce import sum_and_count, sum_of
-from jaxlosses._typing import AxisName, Reduction, Result, as_array, is_float
+from jaxlosses._typing import AxisName, Reduction, Result, as_array, is_float, precision
 
 Formula = Callable[..., Array]
 
@@ -57,7 +57,7 @@ def reduce_losses(
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     weights = as_array("weights", weights)
-    dtype = _precision(*inputs, weights)
+    dtype = precision(*inputs, weights)
     losses_fn = _Losses(formula, len(inputs), dtype)
     result = jax.eval_shape(formula, *losses_fn.widen(inputs))
     if not hasattr(result, "dtype") or jnp.issubdtype(result.dtype, jnp.complexfloating):
@@ -274,9 +274,3 @@ def _where(mask: Array, array: Array, otherwise: float) -> Array:
 def _expand(array: Array, like: Array) -> Array:
     """``array`` with the axes that ``like`` has behind its own."""
     return array.reshape(array.shape + (1,) * (like.ndim - array.ndim))
-
-
-def _precision(*arrays: Array) -> Any:
-    """float64 where an argument asks for it, float32 elsewhere."""
-    doubles = (a.dtype == jnp.float64 and not a.weak_type for a in arrays)
-    return jnp.float64 if any(doubles) else jnp.float32

@@ -19,12 +19,11 @@ from jaxlosses._blocks import (
     Blocks,
     BlockSize,
     Side,
-    accumulator,
     choose_blocks,
     matmul,
     per_token,
 )
-from jaxlosses._classification import class_ids, is_class
+from jaxlosses._classification import class_ids, class_losses, nan_unless_class
 from jaxlosses._kernel import reduce_losses
 from jaxlosses._reduce import max_and_pick, sum_of
 from jaxlosses._typing import (
@@ -40,6 +39,7 @@ from jaxlosses._typing import (
     check_number,
     is_float,
     jit,
+    precision,
 )
 
 
@@ -136,14 +136,10 @@ def linear_softmax_cross_entropy(
         functools.partial(_statistics, layer), hidden, kernel, bias, labels, counts
     )
 
-    def formula(top: Array, log_sum: Array, at_label: Array, *rest: Array) -> Array:
-        *mean, y = rest
-        losses = log_sum - at_label
-        if label_smoothing:
-            losses = (1 - label_smoothing) * losses + label_smoothing * (log_sum - mean[0])
-        if z_loss:
-            losses = losses + z_loss * jnp.square(top + log_sum)
-        return losses * jnp.where(is_class(y, classes), 1, jnp.nan).astype(losses.dtype)
+    def formula(*inputs: Array) -> Array:
+        *statistics, y = inputs
+        losses = class_losses(*statistics, label_smoothing=label_smoothing, z_loss=z_loss)
+        return nan_unless_class(losses, y, classes)
 
     # To the kernel these are inputs like any other: what is absent has no slope there.
     inputs = [*statistics, labels]
@@ -183,10 +179,8 @@ class _Layer:
         """
         top, log_sum = (block.take("tokens", a)[..., None] for a in (top, log_sum))
         # Infinite is what stands for a token without use: not even a NaN in the kernel reaches it.
-        hit, x = (
-            self.is_label(block, x, labels),
-            self.capped(jnp.where(jnp.isposinf(log_sum), 0, x)),
-        )
+        x = self.capped(jnp.where(jnp.isposinf(log_sum), 0, x))
+        hit = self.is_label(block, x, labels)
         terms = [jnp.exp((x - top) - log_sum), jnp.where(hit, x, 0)]
         terms += [x / self.classes] if self.smooth else []
         return [jnp.sum(term, -1) for term in terms]
@@ -218,7 +212,7 @@ def _statistics(
         parts = [largest, total, at_label + picked, *mean]
         return [block.put("tokens", c, p) for c, p in zip(carry, parts, strict=True)]
 
-    zeros = jnp.sum(jnp.zeros_like(hidden, accumulator(hidden, kernel, bias)), -1)
+    zeros = jnp.sum(jnp.zeros_like(hidden, precision(hidden, kernel, bias)), -1)
     carry = [zeros - jnp.inf, *[zeros] * (3 if layer.smooth else 2)]
     top, total, at_label, *mean = layer.blocks.fold(step, carry)
     # Under vmap, JAX wants values mapped over whatever their derivatives are, as counts may be.

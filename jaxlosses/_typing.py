@@ -80,9 +80,8 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name in options:
-            value = kwargs.get(name)
-            if isinstance(value, Array) or not isinstance(value, Hashable):
+        for name, value in kwargs.items():
+            if name in options and (isinstance(value, Array) or not isinstance(value, Hashable)):
                 raise ValueError(
                     f"{name} must be a Python value, fixed when the program is compiled, "
                     f"got {value!r} of type {type(value).__name__}"
@@ -136,6 +135,12 @@ def is_float(array: Array) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
+def precision(*arrays: Array) -> Any:
+    """The dtype to compute in: float64 where an argument asks for it, float32 elsewhere."""
+    doubles = (a.dtype == jnp.float64 and not a.weak_type for a in arrays)
+    return jnp.float64 if any(doubles) else jnp.float32
+
+
 def _is_number(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_))
 
@@ -149,9 +154,14 @@ def check_axis(name: str, axis: int, ndim: int) -> int:
 
 def check_integer(name: str, value: Any) -> int:
     """``value``; ``ValueError`` if it is no integer."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+    if not is_integer(value):
         raise ValueError(f"{name} must be an integer, got {value!r}")
     return int(value)
+
+
+def is_integer(value: Any) -> bool:
+    """Whether it is a Python or NumPy integer; a truth value is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_number(name: str, value: Any, largest: float = _LARGEST) -> None:

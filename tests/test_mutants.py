@@ -114,7 +114,7 @@ MUTANTS = {
     ),
     "accumulate in bf16": (
         KERNEL,
-        "dtype = _precision(*inputs, weights)",
+        "dtype = precision(*inputs, weights)",
         "dtype = inputs[0].dtype",
         "mean_squared_error",
         "low_precision_accumulates_in_float32",
@@ -205,8 +205,8 @@ MUTANTS = {
     ),
     "NaN in the value only": (
         CLASSES,
-        "return losses * jnp.where(is_class(y, x.shape[-1]), 1, jnp.nan).astype(losses.dtype)",
-        "return jnp.where(is_class(y, x.shape[-1]), losses, jnp.nan)",
+        "return losses * factor.astype(losses.dtype)",
+        "return jnp.where(_is_class(labels, classes), losses, jnp.nan)",
         "sparse_softmax_cross_entropy",
         "impossible_labels_are_nan",
     ),
