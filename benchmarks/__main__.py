@@ -50,23 +50,32 @@ class Suite:
                     arrays[type(peer)] = peer.arrays(inputs)
                 call = functools.partial(function, *arrays[type(peer)])
                 value = float(call() if mode == "forward" else call()[0])
-            except Exception as error:  # A peer that fails is a line, not the end.
-                if peer.name == OURS:
-                    raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                self.notes.append(f"{peer.name} has no `{name}` (`{mode}`): {reason}")
+            except Exception as error:
+                self.excuse(peer.name, f"has no `{name}` (`{mode}`)", error)
                 continue
             calls[peer.name], error = call, abs(value / exact - 1)
             rows[peer.name] = {"loss": name, "pass": mode, "peer": peer.name, "error": error}
             rows[peer.name]["note"] = peer.notes.get(name, "")
-        seconds = interleave(calls, rounds or self.rounds, self.turn)
+        self.time(calls, rows, rounds or self.rounds)
         touched = sum(a.nbytes for a in inputs) + inputs[0].nbytes * (mode != "forward")
+        for row in rows.values():
+            row["rate"] = touched / row["ms"] / 1e6
+        return rows
+
+    def excuse(self, peer: str, what: str, error: Exception) -> None:
+        """A peer that fails is a line, not the end; ours is the end."""
+        if peer == OURS:
+            raise error
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        self.notes.append(f"{peer} {what}: {reason}")
+
+    def time(self, calls: dict[str, Any], rows: dict[str, dict[str, Any]], rounds: int) -> None:
+        """Milliseconds, and how many times longer than ours, for the row of each call."""
+        seconds = interleave(calls, rounds, self.turn)
         for peer, row in rows.items():
             row["ms"] = float(np.median(seconds[peer])) * 1e3
-            row["rate"] = touched / row["ms"] / 1e6
             row["ratio"] = float(np.median(seconds[peer] / seconds[OURS]))
             print(f"  {row['ratio']:6.2f} {row['ms']:8.3g} ms {peer}")
-        return rows
 
     def speed(self) -> str:
         for name, mode in self.cases:
@@ -94,27 +103,21 @@ class Suite:
         tokens, features, powers = (64, 16, (7, 8)) if self.quick else (2048, 512, range(13, 19))
         for power, mode in itertools.product(powers, PASSES):
             inputs, calls, rows = vocabulary.make(tokens, features, 2**power), {}, {}
+            where = f"{2**power} classes (`{mode}`)"
+            print(where)
             for name, peer in some.items():
                 try:
                     call, size = peer(mode, inputs)
-                except Exception as error:  # A peer that fails is a line, not the end.
-                    if name == OURS:
-                        raise
-                    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-                    self.notes.append(f"{name} fails at {2**power} classes (`{mode}`): {reason}")
+                except Exception as error:
+                    self.excuse(name, f"fails at {where}", error)
                     continue
-                point = {"classes": 2**power, "pass": mode, "peer": name}
                 if size > vocabulary.LIMIT:
                     size, limit = report.size(size), report.size(vocabulary.LIMIT)
-                    what = f"{2**power} classes (`{mode}`)"
-                    self.notes.append(f"{name} is left out at {what}: {size} is over {limit}")
+                    self.notes.append(f"{name} is left out at {where}: {size} is over {limit}")
                     continue
+                point = {"classes": 2**power, "pass": mode, "peer": name}
                 calls[name], rows[name] = call, point | {"temporaries": size}
-            seconds = interleave(calls, 3, self.turn)
-            for name, row in rows.items():
-                row["ms"] = float(np.median(seconds[name])) * 1e3
-                row["ratio"] = float(np.median(seconds[name] / seconds[OURS]))
-                print(f"  {2**power} {mode} {row['ratio']:6.2f} {row['ms']:8.3g} ms {name}")
+            self.time(calls, rows, 3)
             self.classes += rows.values()
         return report.vocabulary(self.classes, [*some], f"[{tokens}, {features}]")
 

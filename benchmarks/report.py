@@ -133,12 +133,7 @@ def vocabulary_picture(path: Path, points: list[dict[str, Any]]) -> None:
     """Draw how time and temporaries of ``value_and_grad`` grow with the vocabulary."""
     if not points:
         return
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, panels = _panels(figsize=(12, 5))
     points = [p for p in points if p["pass"] == PASSES[1]]
     titles = {"ratio": "Time over that of jaxlosses", "temporaries": "Temporaries, MB"}
     for panel, (key, title) in zip(panels, titles.items(), strict=True):
@@ -151,9 +146,7 @@ def vocabulary_picture(path: Path, points: list[dict[str, Any]]) -> None:
         panel.set_xticks(ticks := sorted({p["classes"] for p in points}), map(str, ticks))
         panel.set_xlabel("classes")
         panel.set_title(f"{title} (value_and_grad)", loc="left")
-        panel.minorticks_off()
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
+        _tidy(panel)
     panels[0].set_ylim(bottom=0)
     panels[1].set_yscale("log")
     panels[0].legend(frameon=False)
@@ -162,20 +155,29 @@ def vocabulary_picture(path: Path, points: list[dict[str, Any]]) -> None:
 
 def picture(path: Path, rows: list[dict[str, Any]], points: list[dict[str, Any]]) -> None:
     """Draw the speeds of all losses, and how the cost grows with the size."""
+    figure, panels = _panels(figsize=(14, 7), width_ratios=(5, 4))
+    for panel, draw, shown in zip(panels, (_draw_speed, _draw_sweep), (rows, points), strict=True):
+        draw(panel, shown)
+        _tidy(panel)
+        panel.set_axisbelow(True)
+        panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)
+    figure.savefig(path, dpi=110)
+
+
+def _panels(**options: Any) -> Any:
+    """Two of them, side by side. Raises where matplotlib is not installed."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(14, 7), width_ratios=(5, 4), layout="constrained")
-    for panel, draw, shown in zip(panels, (_draw_speed, _draw_sweep), (rows, points), strict=True):
-        draw(panel, shown)
-        panel.minorticks_off()
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
-        panel.set_axisbelow(True)
-        panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)
-    figure.savefig(path, dpi=110)
+    return plt.subplots(1, 2, layout="constrained", **options)
+
+
+def _tidy(panel: Any) -> None:
+    panel.minorticks_off()
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(alpha=0.25)
 
 
 def _draw_speed(panel: Any, rows: list[dict[str, Any]]) -> None:

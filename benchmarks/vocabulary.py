@@ -22,16 +22,15 @@ LIMIT = 7e9  # Bytes of temporaries.
 
 def load() -> tuple[dict[str, Callable[..., Any]], list[str]]:
     """The peers that are installed, ours first, and a line for each that is left out."""
+    makers = {OURS: _ours, LOGITS: _logits, OPTAX: _optax, TOKAMAX: _tokamax, TORCH: _torch}
     peers, left_out = {}, []
-    for name, maker in {OURS: _ours, LOGITS: _logits, OPTAX: _optax, TOKAMAX: _tokamax}.items():
+    for name, maker in makers.items():
         try:
-            peers[name] = functools.partial(_jitted, maker())
+            peer = maker()
         except ImportError as error:
             left_out.append(f"{name} is left out: {str(error).splitlines()[0]}")
-    try:
-        peers[TORCH] = _torch()
-    except ImportError as error:
-        left_out.append(f"{TORCH} is left out: {str(error).splitlines()[0]}")
+        else:
+            peers[name] = peer if name == TORCH else functools.partial(_jitted, peer)
     return peers, left_out
 
 
