@@ -5,10 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import checkify
-from jax.typing import ArrayLike
 
-from jaxlosses._kernel import align, reduce_losses
+from jaxlosses._kernel import reduce_losses
+from jaxlosses._labels import class_ids, is_label, nan_if_impossible, with_wide_labels
 from jaxlosses._reduce import max_and_pick, max_of, sum_of
 from jaxlosses._typing import (
     AxisName,
@@ -20,9 +19,7 @@ from jaxlosses._typing import (
     Reduction,
     Result,
     Weights,
-    as_array,
     as_floats,
-    check_integer,
     check_number,
     jit,
 )
@@ -88,7 +85,7 @@ def hinge_loss(
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
 ) -> Result:
-    r"""Hinge loss of a binary decision; its slope at the kink is 0.
+    r"""Hinge loss of a binary decision; its derivative at the kink is 0.
 
     $$l = \max(0,\ 1 - (2y - 1)\, x)$$
 
@@ -223,17 +220,18 @@ def softmax_cross_entropy(
 
     def formula(x: Array, y: Array) -> Array:
         y = y * (1 - label_smoothing) + label_smoothing / x.shape[-1]
-        top = max_of(x, x.ndim - 1)
-        log_sum = _log_sum(x, top)
-        # Not 0 * inf, yet the slope with respect to any other label of 0 stays what it is.
+        max_logit = max_of(x, x.ndim - 1)
+        log_sum_exp_shifted = _log_sum_exp_shifted(x, max_logit)
+        # Not 0 * inf, yet the derivative with respect to any other label of 0 stays what it is.
         ruled_out = (y == 0) & jnp.isneginf(x)
-        y, below = (jnp.where(ruled_out, 0, a) for a in (y, x - top[..., None]))
-        losses = _expected(y, log_sum, below)
-        return losses + z_loss * jnp.square(top + log_sum) if z_loss else losses
+        y, shifted = (jnp.where(ruled_out, 0, a) for a in (y, x - max_logit[..., None]))
+        losses = _expected(y, log_sum_exp_shifted, shifted)
+        return losses + z_loss * jnp.square(max_logit + log_sum_exp_shifted) if z_loss else losses
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
 
+@with_wide_labels
 @jit
 def sparse_softmax_cross_entropy(
     logits: ClassLogits,
@@ -252,7 +250,8 @@ def sparse_softmax_cross_entropy(
     + z \left(\log \sum_c e^{x_c}\right)^2$$
 
     A label outside of ``[0, classes)`` gives NaN in value and gradient where its weight is not
-    zero, and fails a ``checkify.debug_check`` that names it.
+    zero, and ``checkify.checkify`` of whatever calls this reports the label. NumPy labels of 64
+    bits are checked as they are; inside of your own ``jax.jit`` JAX has cut them to 32 bits before.
 
     Args:
         logits: Real numbers ``[batch, d1, ..., dN, classes]``.
@@ -289,12 +288,13 @@ def sparse_softmax_cross_entropy(
     labels, weights = class_ids(labels, weights, logits.shape, ignore_index)
 
     def formula(x: Array, y: Array) -> Array:
-        top, at_label = max_and_pick(x, _is_label(y, x.shape))
-        log_sum = _log_sum(x, top)
-        mean = sum_of(x - top[..., None], x.ndim - 1) / x.shape[-1] if label_smoothing else None
-        statistics = top, log_sum, at_label - top, mean
+        max_logit, label_logit = max_and_pick(x, is_label(y, x.shape))
+        log_sum_exp_shifted = _log_sum_exp_shifted(x, max_logit)
+        statistics = [max_logit, log_sum_exp_shifted, label_logit - max_logit]
+        if label_smoothing:
+            statistics.append(sum_of(x - max_logit[..., None], x.ndim - 1) / x.shape[-1])
         losses = class_losses(*statistics, label_smoothing=label_smoothing, z_loss=z_loss)
-        return nan_unless_class(losses, y, x.shape[-1])
+        return nan_if_impossible(losses, y, x.shape[-1])
 
     inputs = [logits, labels]
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
@@ -310,113 +310,66 @@ _softplus.defjvps(lambda dx, _, x: jax.nn.sigmoid(x) * dx)
 
 
 @jax.custom_jvp
-def _log_sum(x: Array, top: Array) -> Array:
-    """The logarithm of the sum of exponentials of the logits, below the largest of them.
+def _log_sum_exp_shifted(x: Array, max_logit: Array) -> Array:
+    """The logarithm of the sum of exponentials of the logits, less the largest logit.
 
     The two are kept apart because a loss is a difference of logits: adding the largest one first
-    would round the loss to that logit's last digit. The largest is a constant to derivatives, whose
-    sum is right.
+    would round the loss to that logit's last digit. The largest one has a derivative of zero; the
+    derivative of the sum of both is right all the same.
     """
-    return jnp.log(sum_of(jnp.exp(x - top[..., None]), x.ndim - 1))
+    return jnp.log(sum_of(jnp.exp(x - max_logit[..., None]), x.ndim - 1))
 
 
-@_log_sum.defjvp
+@_log_sum_exp_shifted.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    (x, top), (dx, _) = primals, tangents
-    log_sum = _log_sum(x, top)
+    (x, max_logit), (x_tangent, _) = primals, tangents
+    log_sum_exp_shifted = _log_sum_exp_shifted(x, max_logit)
     # From the logits again: to keep the exponentials would take as much memory as the logits.
-    softmax = jnp.exp((x - top[..., None]) - log_sum[..., None])
-    return log_sum, jnp.sum(softmax * dx, axis=-1)
+    softmax = jnp.exp((x - max_logit[..., None]) - log_sum_exp_shifted[..., None])
+    return log_sum_exp_shifted, jnp.sum(softmax * x_tangent, axis=-1)
 
 
 @jax.custom_jvp
-def _expected(y: Array, log_sum: Array, below: Array) -> Array:
-    """The surprise at each class, ``log_sum - below``, as the labels expect it."""
+def _expected(y: Array, log_sum_exp: Array, x: Array) -> Array:
+    """The mean of ``log_sum_exp - x`` over the classes, each as probable as its label says."""
 
-    def in_one_pass(y: Array, log_sum: Array, below: Array) -> Array:
-        return sum_of(y * (log_sum[..., None] - below), y.ndim - 1)
+    def in_one_pass(y: Array, log_sum_exp: Array, x: Array) -> Array:
+        return sum_of(y * (log_sum_exp[..., None] - x), y.ndim - 1)
 
-    def with_exponentials(y: Array, log_sum: Array, below: Array) -> Array:
-        return log_sum * sum_of(y, y.ndim - 1) - sum_of(y * below, y.ndim - 1)
+    def with_exponentials(y: Array, log_sum_exp: Array, x: Array) -> Array:
+        return log_sum_exp * sum_of(y, y.ndim - 1) - sum_of(y * x, y.ndim - 1)
 
-    # A CPU has a pass for each sum. Elsewhere sums that do not wait for log_sum share its pass.
-    return jax.lax.platform_dependent(y, log_sum, below, cpu=in_one_pass, default=with_exponentials)
+    # A CPU has a pass for each sum. Elsewhere sums that do not wait for log_sum_exp share its pass.
+    ways = {"cpu": in_one_pass, "default": with_exponentials}
+    return jax.lax.platform_dependent(y, log_sum_exp, x, **ways)
 
 
 @_expected.defjvp
 def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    (y, log_sum, below), (dy, dlog_sum, dbelow) = primals, tangents
-    moved = jnp.sum(dy * (log_sum[..., None] - below) - y * dbelow, -1)
+    (y, log_sum_exp, x), (y_tangent, log_sum_exp_tangent, x_tangent) = primals, tangents
+    tangent = jnp.sum(y_tangent * (log_sum_exp[..., None] - x) - y * x_tangent, -1)
     # JAX would sum the labels by a reduction of its own, which on a CPU is not fused.
-    return _expected(*primals), moved + sum_of(y, y.ndim - 1) * dlog_sum
+    return _expected(*primals), tangent + sum_of(y, y.ndim - 1) * log_sum_exp_tangent
 
 
 def class_losses(
-    top: Array,
-    log_sum: Array,
-    at_label: Array,
-    mean: Array | None = None,
+    max_logit: Array,
+    log_sum_exp_shifted: Array,
+    label_logit_shifted: Array,
+    mean_logit_shifted: Array | None = None,
     *,
     label_smoothing: float,
     z_loss: float,
 ) -> Array:
-    """Cross-entropy with one class each, of a row's largest logit and what lies below it.
+    """Cross-entropy with one class each, from statistics of the logits.
 
-    Below it are the log-sum-exp, the label's logit and, where labels are smoothed, the mean logit.
+    What is shifted is relative to the largest logit. The mean is needed where labels are smoothed.
     """
-    losses = log_sum - at_label
-    if mean is not None:
-        losses = (1 - label_smoothing) * losses + label_smoothing * (log_sum - mean)
-    return losses + z_loss * jnp.square(top + log_sum) if z_loss else losses
-
-
-def nan_unless_class(losses: Array, labels: Array, classes: int) -> Array:
-    """A factor of NaN, unlike a selected NaN, reaches the gradient."""
-    factor = jnp.where(_is_class(labels, classes), 1, jnp.nan)
-    return losses * factor.astype(losses.dtype)
-
-
-def _is_class(labels: Array, classes: int) -> Array:
-    return (labels >= 0) & (labels < classes)
-
-
-def _is_label(labels: Array, shape: tuple[int, ...]) -> Array:
-    """Where along the classes the label is; no index, so nothing can wrap, clamp or gather."""
-    return jax.lax.broadcasted_iota(labels.dtype, shape, len(shape) - 1) == labels[..., None]
-
-
-def class_ids(
-    labels: ArrayLike, weights: ArrayLike, logits_shape: tuple[int, ...], ignore_index: int | None
-) -> tuple[Array, Array]:
-    """Labels of the logits' shape without the classes, and weights, zero where one is ignored."""
-    labels = as_array("labels", labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels must be integers, got dtype {labels.dtype}")
-    *shape, classes = logits_shape
-    if list(labels.shape) not in (shape, [*shape, 1]):
-        raise ValueError(
-            f"labels must have the shape of the logits without the classes, {logits_shape[:-1]}, "
-            f"got labels of shape {labels.shape} for logits of shape {logits_shape}"
-        )
-    limits = jnp.iinfo(labels.dtype)
-    if ignore_index is not None and not (
-        limits.min <= check_integer("ignore_index", ignore_index) <= limits.max
-    ):
-        raise ValueError(f"ignore_index must be a value of {labels.dtype}, got {ignore_index}")
-    # Narrow integers could not be compared with the number of classes.
-    wide = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
-    labels = wide.reshape(logits_shape[:-1])
-    weights = align(as_array("weights", weights), labels.shape)
-    if ignore_index is not None:
-        weights = jnp.where(labels == ignore_index, jnp.zeros_like(weights), weights)
-    wrong = weights.astype(bool) & ~_is_class(labels, classes)
-    checkify.debug_check(
-        ~jnp.any(wrong),
-        "labels must be in [0, {classes}) where they count, got {label}",
-        classes=jnp.asarray(classes),
-        label=jnp.max(labels, initial=jnp.iinfo(labels.dtype).min, where=wrong),
-    )
-    return labels, weights
+    losses = log_sum_exp_shifted - label_logit_shifted
+    if mean_logit_shifted is not None:
+        uniform = log_sum_exp_shifted - mean_logit_shifted
+        losses = (1 - label_smoothing) * losses + label_smoothing * uniform
+    return losses + z_loss * jnp.square(max_logit + log_sum_exp_shifted) if z_loss else losses
 
 
 def _check_classes(logits: Array) -> None:

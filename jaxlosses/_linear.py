@@ -23,8 +23,9 @@ from jaxlosses._blocks import (
     matmul,
     per_token,
 )
-from jaxlosses._classification import class_ids, class_losses, nan_unless_class
+from jaxlosses._classification import class_losses
 from jaxlosses._kernel import reduce_losses
+from jaxlosses._labels import class_ids, nan_if_impossible, with_wide_labels
 from jaxlosses._reduce import max_and_pick, sum_of
 from jaxlosses._typing import (
     AxisName,
@@ -43,6 +44,7 @@ from jaxlosses._typing import (
 )
 
 
+@with_wide_labels
 @jit
 def linear_softmax_cross_entropy(
     hidden: Hidden,
@@ -139,7 +141,7 @@ def linear_softmax_cross_entropy(
     def formula(*inputs: Array) -> Array:
         *statistics, y = inputs
         losses = class_losses(*statistics, label_smoothing=label_smoothing, z_loss=z_loss)
-        return nan_unless_class(losses, y, classes)
+        return nan_if_impossible(losses, y, classes)
 
     # To the kernel these are inputs like any other: what is absent has no slope there.
     inputs = [*statistics, labels]

@@ -36,8 +36,8 @@ def compute_weighted_loss(
 
     $$\frac{\sum_i w_i\, l_i}{|\{i : w_i \ne 0\}|}$$
 
-    The derivative of a function whose own slope is not finite where a loss is absent is out of
-    reach here; :func:`weighted` takes care of that too.
+    The function that computed them is not seen here: where its own derivative is not finite at an
+    absent place, the gradient is NaN. :func:`weighted` takes care of that too.
 
     Args:
         losses: Losses ``[batch, d1, ..., dN]``.
@@ -74,7 +74,7 @@ def absolute_difference(
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
 ) -> Result:
-    r"""Absolute difference, in the units of the predictions; its slope at 0 is 0.
+    r"""Absolute difference, in the units of the predictions; its derivative at 0 is 0.
 
     $$l = |p - y|$$
 
@@ -104,7 +104,7 @@ def absolute_difference(
 
     def formula(p: Array, y: Array) -> Array:
         d = p - y
-        return d * jnp.sign(d)  # Not abs, whose slope at 0 is 1.
+        return d * jnp.sign(d)  # Not abs, whose derivative at 0 is 1.
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
@@ -261,10 +261,11 @@ def _variance(p: Array, y: Array) -> Array:
 
 @_variance.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    dp, dy = tangents
+    p_tangent, y_tangent = tangents
     # What the mean adds to the derivative sums to 0.
-    slope = jnp.sum(2 * _centred(*primals) * (dp - dy), tuple(range(1, dp.ndim)))
-    return _variance(*primals), slope / _sample_size(dp)
+    products = 2 * _centred(*primals) * (p_tangent - y_tangent)
+    tangent = jnp.sum(products, tuple(range(1, products.ndim)))
+    return _variance(*primals), tangent / _sample_size(products)
 
 
 def _centred(p: Array, y: Array) -> Array:

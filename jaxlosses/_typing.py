@@ -1,11 +1,11 @@
-"""What the arguments of a loss hold, for readers and tests; their checks; a typed ``jit``."""
+"""What the arguments of a loss contain, for readers and tests; their checks; a typed ``jit``."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import (
     Annotated,
     Any,
@@ -35,8 +35,8 @@ Result: TypeAlias = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Holds:
-    """What an array argument holds.
+class ArraySpec:
+    """What an array argument contains.
 
     Attributes:
         domain: What each number is; ``tests/arguments.py`` draws valid ones by this name.
@@ -49,18 +49,20 @@ class Holds:
     shared: bool = False
 
 
-Reals: TypeAlias = Annotated[ArrayLike, Holds("real")]
-Logits: TypeAlias = Annotated[ArrayLike, Holds("logit")]
-Probabilities: TypeAlias = Annotated[ArrayLike, Holds("probability")]
-SampleReals: TypeAlias = Annotated[ArrayLike, Holds("real", inner=("elements",))]
-UnitVectors: TypeAlias = Annotated[ArrayLike, Holds("unit vector", inner=("features",))]
-ClassLogits: TypeAlias = Annotated[ArrayLike, Holds("logit", inner=("classes",))]
-ClassProbabilities: TypeAlias = Annotated[ArrayLike, Holds("distribution", inner=("classes",))]
-ClassIds: TypeAlias = Annotated[ArrayLike, Holds("class id")]
-Hidden: TypeAlias = Annotated[ArrayLike, Holds("real", inner=("features",))]
-Kernel: TypeAlias = Annotated[ArrayLike, Holds("real", inner=("features", "classes"), shared=True)]
-Bias: TypeAlias = Annotated[ArrayLike, Holds("real", inner=("classes",), shared=True)]
-Weights: TypeAlias = Annotated[ArrayLike, Holds("weight")]
+Reals: TypeAlias = Annotated[ArrayLike, ArraySpec("real")]
+Logits: TypeAlias = Annotated[ArrayLike, ArraySpec("logit")]
+Probabilities: TypeAlias = Annotated[ArrayLike, ArraySpec("probability")]
+SampleReals: TypeAlias = Annotated[ArrayLike, ArraySpec("real", inner=("elements",))]
+UnitVectors: TypeAlias = Annotated[ArrayLike, ArraySpec("unit vector", inner=("features",))]
+ClassLogits: TypeAlias = Annotated[ArrayLike, ArraySpec("logit", inner=("classes",))]
+ClassProbabilities: TypeAlias = Annotated[ArrayLike, ArraySpec("distribution", inner=("classes",))]
+ClassIds: TypeAlias = Annotated[ArrayLike, ArraySpec("class id")]
+Hidden: TypeAlias = Annotated[ArrayLike, ArraySpec("real", inner=("features",))]
+Kernel: TypeAlias = Annotated[
+    ArrayLike, ArraySpec("real", inner=("features", "classes"), shared=True)
+]
+Bias: TypeAlias = Annotated[ArrayLike, ArraySpec("real", inner=("classes",), shared=True)]
+Weights: TypeAlias = Annotated[ArrayLike, ArraySpec("weight")]
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
@@ -139,6 +141,12 @@ def precision(*arrays: Array) -> Any:
     """The dtype to compute in: float64 where an argument asks for it, float32 elsewhere."""
     doubles = (a.dtype == jnp.float64 and not a.weak_type for a in arrays)
     return jnp.float64 if any(doubles) else jnp.float32
+
+
+def in_precision(inputs: Sequence[Array], weights: Array) -> list[Array]:
+    """Floating-point inputs in the dtype to compute in; integers (class ids) as they are."""
+    dtype = precision(*inputs, weights)
+    return [x.astype(dtype) if is_float(x) else x for x in inputs]
 
 
 def _is_number(dtype: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlosses._typing import Holds
+from jaxlosses._typing import ArraySpec
 
 CLASSES = 6
 IMPOSSIBLE = {"class id": (-1, CLASSES, -CLASSES, 2**31 - 1)}
@@ -22,7 +22,7 @@ class Case:
     """A loss, the inputs that it takes, and the shape of its losses."""
 
     loss: Callable[..., Any]
-    inputs: dict[str, Holds]
+    inputs: dict[str, ArraySpec]
     batch: tuple[int, ...] = (4, 3)
 
     @property

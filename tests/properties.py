@@ -199,17 +199,16 @@ def what_is_absent_touches_nothing(case: Case) -> None:
     slopes = jax.grad(case.loss, len(values))
     close(slopes(*hidden, weights), jnp.where(weights == 0, 0, slopes(*values, weights)))
 
-    def along(*points):
-        moves = tuple(jnp.ones_like(points[i]) for i in moved)
-
+    def along(points, tangents):
         def loss(*some):
             return case.loss(
                 *(some[moved.index(i)] if i in moved else p for i, p in enumerate(points)), weights
             )
 
-        return jax.jvp(loss, tuple(points[i] for i in moved), moves)[1]
+        return jax.jvp(loss, *(tuple(x[i] for i in moved) for x in (points, tangents)))[1]
 
-    close(along(*hidden), along(*values))
+    ones = [jnp.ones_like(v) for v in values]
+    close(along(hidden, case.hide(ones, weights, np.nan, 0)), along(values, ones))
     for jacobian in (jax.jacfwd, jax.jacrev):
         hessian = jacobian(jax.grad(case.loss, moved), moved)
         close(hessian(*hidden, weights), hessian(*values, weights), atol=1e-5)

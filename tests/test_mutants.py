@@ -15,36 +15,30 @@ from properties import PROPERTIES
 import jaxlosses as jl
 
 SOURCE = Path(jl.__file__).parent
-KERNEL, MEAN, REDUCE, TYPING = "_kernel.py", "_mean.py", "_reduce.py", "_typing.py"
+KERNEL, MASKING, MEAN, LABELS = "_kernel.py", "_masking.py", "_mean.py", "_labels.py"
+REDUCE, REDUCE_CPU, TYPING = "_reduce.py", "_reduce_cpu.py", "_typing.py"
 REGRESSION, CLASSES = "_regression.py", "_classification.py"
 BY_NAME = {check.__name__: check for check in PROPERTIES}
 
 MUTANTS = {
     # name: (file, what it says, what the mutant says, the loss, the property that notices)
     "multiply instead of select": (
-        KERNEL,
-        "return _where(weights.astype(bool), losses_fn(*arguments), 0) *",
-        "return losses_fn(*arguments) *",
+        MASKING,
+        "return jnp.where(weights.astype(bool), losses, 0) *",
+        "return losses *",
         "mean_squared_error",
         "what_is_absent_touches_nothing",
     ),
-    "differentiate at absent inputs": (
-        KERNEL,
-        "return [_where(keep, slope, 0) * _expand(scale, slope) for slope in slopes]",
-        "return [slope * _expand(scale, slope) for slope in slopes]",
-        "sigmoid_cross_entropy",
-        "what_is_absent_touches_nothing",
-    ),
-    "forget slopes at weights of zero": (
-        KERNEL,
+    "forget derivatives at weights of zero": (
+        MASKING,
         "return jnp.where(weights.astype(bool) | jnp.isfinite(losses), losses, 0)",
         "return jnp.where(weights.astype(bool), losses, 0)",
         "mean_squared_error",
         "the_slope_of_a_weight_is_its_loss",
     ),
     "drop the derivative of the weights": (
-        KERNEL,
-        "tangent += _unweighed(losses_fn, *primals) * dweights.astype(tangent.dtype)",
+        MASKING,
+        "tangent += _finite_losses(formula, *primals) * weights_tangent.astype(tangent.dtype)",
         "pass",
         "log_loss",
         "the_slope_of_a_weight_is_its_loss",
@@ -59,14 +53,14 @@ MUTANTS = {
     "divide by the batch": (
         KERNEL,
         "total, count = sum_and_count(losses, weights.astype(bool))",
-        "total, count = sum_of(losses), jnp.asarray(shape[0], dtype)",
+        "total, count = sum_of(losses), jax.numpy.float32(losses.shape[0])",
         "absolute_difference",
         "reductions_agree",
     ),
     "divide by the number of elements": (
         KERNEL,
         "total, count = sum_and_count(losses, weights.astype(bool))",
-        "total, count = sum_of(losses), jnp.asarray(math.prod(shape), dtype)",
+        "total, count = sum_of(losses), jax.numpy.float32(losses.size)",
         "absolute_difference",
         "a_zero_row_is_a_dropped_row",
     ),
@@ -107,13 +101,13 @@ MUTANTS = {
     ),
     "take weights of None": (
         KERNEL,
-        '    weights = as_array("weights", weights)\n    dtype',
-        '    weights = as_array("weights", 1.0 if weights is None else weights)\n    dtype',
+        'weights = as_array("weights", weights)',
+        'weights = as_array("weights", 1.0 if weights is None else weights)',
         "mean_squared_error",
         "shapes_must_match",
     ),
     "accumulate in bf16": (
-        KERNEL,
+        TYPING,
         "dtype = precision(*inputs, weights)",
         "dtype = inputs[0].dtype",
         "mean_squared_error",
@@ -148,18 +142,25 @@ MUTANTS = {
         "nothing_counts_gives_zero",
     ),
     "swallow NaN that counts": (
-        REDUCE,
+        REDUCE_CPU,
         "return [a[0] + b[0], a[1] + b[1]]",
         "return [jnp.nan_to_num(a[0]) + jnp.nan_to_num(b[0]), a[1] + b[1]]",
         "mean_squared_error",
         "trouble_that_counts_propagates",
     ),
-    "mask the tangent of what is finite": (
-        KERNEL,
-        "| jnp.isfinite(arguments[i])",
-        "| False",
+    "mask what is absent and finite": (
+        MASKING,
+        "[jnp.where(present | jnp.isfinite(product), product, 0)]",
+        "[jnp.where(present, product, 0)]",
         "mean_squared_error",
         "weights_of_zero_can_be_learned",
+    ),
+    "multiply tangents that are not a number": (
+        MASKING,
+        "[jnp.where(present | jnp.isfinite(product), product, 0)]",
+        "[product]",
+        "mean_squared_error",
+        "what_is_absent_touches_nothing",
     ),
     "sqrt(x^2) for |x|": (
         REGRESSION,
@@ -177,8 +178,8 @@ MUTANTS = {
     ),
     "exponentiate raw logits": (
         CLASSES,
-        "top = max_of(x, x.ndim - 1)",
-        "top = jnp.zeros_like(x[..., 0])",
+        "max_logit = max_of(x, x.ndim - 1)",
+        "max_logit = jnp.zeros_like(x[..., 0])",
         "softmax_cross_entropy",
         "finite_at_extremes_and_at_a_perfect_fit",
     ),
@@ -190,21 +191,21 @@ MUTANTS = {
         "finite_at_extremes_and_at_a_perfect_fit",
     ),
     "wrap a negative label": (
-        CLASSES,
-        "labels = wide.reshape(logits_shape[:-1])",
-        "labels = jnp.where(wide < 0, wide + classes, wide).reshape(logits_shape[:-1])",
+        LABELS,
+        "labels = labels.reshape(logits_shape[:-1])",
+        "labels = jnp.where(labels < 0, labels + classes, labels).reshape(logits_shape[:-1])",
         "sparse_softmax_cross_entropy",
         "impossible_labels_are_nan",
     ),
     "clamp a label": (
-        CLASSES,
-        "labels = wide.reshape(logits_shape[:-1])",
-        "labels = jnp.clip(wide, 0, classes - 1).reshape(logits_shape[:-1])",
+        LABELS,
+        "labels = labels.reshape(logits_shape[:-1])",
+        "labels = jnp.clip(labels, 0, classes - 1).reshape(logits_shape[:-1])",
         "sparse_softmax_cross_entropy",
         "impossible_labels_are_nan",
     ),
     "NaN in the value only": (
-        CLASSES,
+        LABELS,
         "return losses * factor.astype(losses.dtype)",
         "return jnp.where(_is_class(labels, classes), losses, jnp.nan)",
         "sparse_softmax_cross_entropy",

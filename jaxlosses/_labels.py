@@ -1,0 +1,155 @@
+"""Class ids: their check, labels that are ignored, and the NaN of an impossible one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import checkify
+from jax.typing import ArrayLike
+
+from jaxlosses._kernel import align
+from jaxlosses._primitive import define_primitive
+from jaxlosses._typing import as_array, check_integer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_MESSAGE = "labels must be in [0, {classes}) where they count, got {label}"
+
+
+def with_wide_labels(loss: Callable[P, R]) -> Callable[P, R]:
+    """The loss, for NumPy labels of 64 bits too, which JAX would narrow without a look.
+
+    JAX keeps their lower 32 bits, so that 2**32 + 1 would be class 1. Here what does not fit
+    becomes the nearest number that does, which is no class.
+    """
+    position = list(inspect.signature(loss).parameters).index("labels")
+
+    @functools.wraps(loss)
+    def with_narrow_labels(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "labels" in kwargs:
+            kwargs["labels"] = _narrow(kwargs["labels"], kwargs)
+        elif len(args) > position:
+            labels = _narrow(args[position], kwargs)
+            args = (*args[:position], labels, *args[position + 1 :])
+        return loss(*args, **kwargs)
+
+    return with_narrow_labels
+
+
+def _narrow(labels: Any, options: dict[str, Any]) -> Any:
+    if not isinstance(labels, np.ndarray | np.integer):
+        return labels
+    narrow = jax.dtypes.canonicalize_dtype(labels.dtype)
+    if narrow == labels.dtype or not np.issubdtype(narrow, np.integer):
+        return labels
+    limits = np.iinfo(narrow)
+    fitting = np.clip(labels, limits.min, limits.max)
+    ignored = fitting == options.get("ignore_index")
+    fitting = np.where(ignored & (fitting != labels), limits.max - 1, fitting)
+    return fitting.astype(narrow)
+
+
+def class_ids(
+    labels: ArrayLike, weights: ArrayLike, logits_shape: tuple[int, ...], ignore_index: int | None
+) -> tuple[Array, Array]:
+    """Labels of the logits' shape without the classes, and their weights.
+
+    A label that is ignored, or impossible and absent, becomes class 0 with a constant weight of
+    zero. So whatever label is impossible now does count.
+    """
+    labels = as_array("labels", labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, got dtype {labels.dtype}")
+    *shape, classes = logits_shape
+    if list(labels.shape) not in (shape, [*shape, 1]):
+        raise ValueError(
+            f"labels must have the shape of the logits without the classes, {logits_shape[:-1]}, "
+            f"got labels of shape {labels.shape} for logits of shape {logits_shape}"
+        )
+    limits = jnp.iinfo(labels.dtype)
+    if ignore_index is not None and not (
+        limits.min <= check_integer("ignore_index", ignore_index) <= limits.max
+    ):
+        raise ValueError(f"ignore_index must be a value of {labels.dtype}, got {ignore_index}")
+    labels = labels.reshape(logits_shape[:-1])
+    weights = align(as_array("weights", weights), labels.shape)
+    absent = ~_is_class(labels, classes) & ~weights.astype(bool)
+    if ignore_index is not None:
+        absent |= labels == jnp.asarray(ignore_index, labels.dtype)
+    weights = jnp.where(absent, jnp.zeros_like(weights), weights)
+    labels = _check(jnp.where(absent, 0, labels), weights.astype(bool), classes)
+    # Narrow integers could not be compared with the places of classes.
+    return labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32), weights
+
+
+def is_label(labels: Array, shape: tuple[int, ...]) -> Array:
+    """Where along the classes the label is; no index, so nothing can wrap, clamp or gather."""
+    return jax.lax.broadcasted_iota(labels.dtype, shape, len(shape) - 1) == labels[..., None]
+
+
+def nan_if_impossible(losses: Array, labels: Array, classes: int) -> Array:
+    """The losses, and NaN where a label is no class.
+
+    A factor of NaN, unlike a selected NaN, reaches the gradient.
+    """
+    factor = jnp.where(_is_class(labels, classes), 1, jnp.nan)
+    return losses * factor.astype(losses.dtype)
+
+
+def _is_class(labels: Array, classes: int) -> Array:
+    # In numbers that can hold both a narrow label and the number of classes.
+    labels = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
+    return (labels >= 0) & (labels < classes)
+
+
+def _check(labels: Array, present: Array, classes: int) -> Array:
+    """The labels, which under ``checkify`` are checked where they are present.
+
+    ``checkify.debug_check`` would do it too, but it leaves an effect in the program: JAX then gives
+    up its fast way to call it, cannot export it, and drops the check in the gradient of a scan.
+    """
+    if not _HAS_CHECKIFY_RULES:
+        wrong, label = _wrong_labels(labels, present, classes)
+        checkify.debug_check(~wrong, _MESSAGE, classes=jnp.asarray(classes), label=label)
+        return labels
+    (labels,) = _check_p.bind(labels, present, classes=classes)
+    return labels
+
+
+def _wrong_labels(labels: Array, present: Array, classes: int) -> tuple[Array, Array]:
+    """Whether one is wrong where it is present, and the largest of these."""
+    wrong = present & ~_is_class(labels, classes)
+    largest = jnp.max(labels, initial=jnp.iinfo(labels.dtype).min, where=wrong)
+    return jnp.any(wrong), largest
+
+
+def _check_rule(*arguments: Any, classes: int) -> Any:
+    """What ``checkify`` makes of the primitive: an error, and the labels."""
+    *context, error, enabled_errors, labels, present = arguments  # JAX 0.8 gives no context.
+    if rules.FailedCheckError in enabled_errors:
+        wrong, label = _wrong_labels(labels, present, classes)
+        values = {"classes": jnp.asarray(classes), "label": label}
+        failure = rules.FailedCheckError(rules.get_traceback(), _MESSAGE, **values)
+        error = rules.assert_func(*context, error, wrong, failure)
+    return error, _check_p.bind(labels, present, classes=classes)
+
+
+_check_p = define_primitive(
+    "check_labels", lambda labels, present, *, classes: [labels], elementwise=True
+)
+try:
+    # The table of what checkify knows of primitives is private to JAX.
+    from jax._src import checkify as rules
+
+    rules.error_checks[_check_p] = _check_rule
+    _HAS_CHECKIFY_RULES = True
+except (ImportError, AttributeError):
+    _HAS_CHECKIFY_RULES = False

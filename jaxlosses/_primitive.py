@@ -1,0 +1,60 @@
+"""JAX primitives of our own: operations whose derivative, batching or lowering JAX cannot know."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jax.sharding import AxisType
+
+
+def define_primitive(
+    name: str, function: Callable[..., list[Array]], *, elementwise: bool = False
+) -> Primitive:
+    """A primitive that computes ``function(*arrays, **params)``, a list of arrays.
+
+    Args:
+        name: Its name in a jaxpr.
+        function: What it computes, in operations of JAX; keyword-only arguments are its params.
+        elementwise: All arrays have one shape and every axis is alike, so that under ``vmap`` it is
+            the same primitive with one more axis. Other primitives need a batching rule.
+    """
+    params = inspect.signature(function).parameters.values()
+    static = [p.name for p in params if p.kind is p.KEYWORD_ONLY]
+
+    def shapes(*avals: Any, **params: Any) -> Any:
+        return jax.make_jaxpr(functools.partial(function, **params))(*avals).out_avals
+
+    def batch(arrays: Any, axes: Any, **params: Any) -> Any:
+        pairs = list(zip(arrays, axes, strict=True))
+        size = next(a.shape[axis] for a, axis in pairs if axis is not None)
+        results = primitive.bind(*(batching.bdim_at_front(*p, size) for p in pairs), **params)
+        return results, [0] * len(results)
+
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(jax.jit(function, static_argnames=static))
+    primitive.def_abstract_eval(shapes)
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
+    if elementwise:
+        batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+def vary_alike(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays; in ``shard_map``, each varies over every axis over which one of them does.
+
+    JAX does this for the arguments of its own operations, and it decides where their cotangents
+    are summed over devices.
+    """
+    if not any(AxisType.Manual in jax.typeof(a).sharding.mesh.axis_types for a in arrays):
+        return arrays
+    zero = sum(jnp.sum(jnp.zeros_like(a), dtype=int) for a in arrays)
+    return tuple(a if a.dtype == bool else a + jnp.asarray(zero, a.dtype) for a in arrays)
