@@ -1,9 +1,10 @@
 """Learn depth from a stereo pair whose ground truth has holes.
 
-The Middlebury Motorcycle pair ships inside scikit-image: two photographs and the true disparity
-(how many pixels a point moves between them; depth is inversely proportional to it), infinite where
-the sensor saw nothing. Those labels stay infinite: their weight is zero, which is all that it
-takes. The right part of the picture is held out in the same way.
+The Middlebury Motorcycle pair is a part of scikit-image: two photographs and the true disparity,
+which is how far a point lies apart in them, in pixels (depth is inversely proportional to it). The
+disparity is infinite where the sensor measured nothing. These labels stay infinite, and their
+weight is zero; nothing else needs to be done. The right part of the picture also has weight zero,
+and is held out for evaluation.
 
 Run ``python examples/depth_from_stereo.py``; it takes a minute or two on two CPU cores.
 """
@@ -27,10 +28,10 @@ import jaxlosses.flax as jlf
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-SCALE = 3  # Every third pixel, which keeps the example to a minute or two.
-CANDIDATES = 24  # Disparities, in coarse pixels, that the network is shown.
-HELD_OUT = 0.72  # Right of this fraction of the width nothing is learned from.
-BLOCK = 8  # Side of the blocks whose shape is compared.
+SCALE = 3  # Photographs are made smaller by this factor, so that the example takes minutes.
+CANDIDATES = 24  # How many disparities are tried; the network sees how well each one fits.
+HELD_OUT = 0.72  # The part of the width that is learned from; the rest is held out.
+BLOCK = 8  # Height and width, in pixels, of the blocks for the pairwise loss.
 
 
 class StereoNet(nn.Module):
@@ -46,7 +47,7 @@ class StereoNet(nn.Module):
         for dilation in (1, 2, 4, 1):
             x = nn.relu(nn.Conv(self.width, (3, 3), kernel_dilation=dilation)(x))
         depth = self.prior + 10 * nn.Conv(1, (3, 3))(x)[..., 0]
-        for axis in (1, 2):  # Steps in depth are dear, except where the photograph has an edge.
+        for axis in (1, 2):  # Depth should be smooth, except where the photograph has an edge.
             edge = jnp.mean(jnp.abs(jnp.diff(features[..., :3], axis=axis)), -1)
             rough = jnp.abs(jnp.diff(depth, axis=axis)) * jnp.exp(-30 * edge)
             jlf.sow_loss(self, f"smoothness_{'yx'[axis - 1]}", 0.05 * rough)
@@ -71,7 +72,7 @@ def load() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def normals(depth: jax.Array) -> jax.Array:
-    """Unit vectors that stand on the surface, of ``[batch, height - 1, width - 1, 3]``."""
+    """Normals of the surface, unit vectors ``[batch, height - 1, width - 1, 3]``."""
     down = depth[:, 1:, :-1] - depth[:, :-1, :-1]
     across = depth[:, :-1, 1:] - depth[:, :-1, :-1]
     vectors = jnp.stack([-down, -across, jnp.ones_like(down)], -1)
@@ -88,7 +89,7 @@ def blocks(image: jax.Array) -> jax.Array:
 def selected_losses(
     losses: jl.LossCollector, depth: jax.Array, truth: jax.Array, known: jax.Array
 ) -> jl.LossCollector:
-    """The losses of a depth; an infinite truth never meets a weight other than zero."""
+    """The losses of a depth; wherever the truth is infinite, the weight is zero."""
     on_surface = known[:, 1:, :-1] & known[:, :-1, 1:] & known[:, :-1, :-1]
     whole = blocks(known).all((1, 2))
     pairwise = jl.mean_pairwise_squared_error(
@@ -105,7 +106,7 @@ def selected_losses(
 def multiplied_losses(
     losses: jl.LossCollector, depth: jax.Array, truth: jax.Array, known: jax.Array
 ) -> jl.LossCollector:
-    """The same absolute difference with zero weights that multiply."""
+    """The same absolute difference, multiplied by weights of zero, which gives NaN."""
     error = jnp.abs(depth - truth) * known.astype(jnp.float32)
     return losses.add_loss("absolute", jnp.sum(error) / jnp.sum(known).astype(jnp.float32))
 
@@ -144,7 +145,7 @@ def train(
 
 
 def report(depth: np.ndarray, truth: np.ndarray, known: np.ndarray, held_out: np.ndarray) -> None:
-    """Print errors where the truth is known and nothing was learned from it."""
+    """Print the errors on the held-out part, where the truth is known."""
     mean = np.full_like(truth, truth[known].mean())
     print(f"\nHeld-out error in pixels of disparity, over {held_out.sum()} pixels")
     print(f"{'':24}{'mean absolute':>15}{'root mean square':>18}{'off by > 3':>12}")

@@ -1,9 +1,9 @@
-"""Evaluate over a dataset on one CPU, on several processes, or on a TPU pod, unchanged.
+"""Evaluate over a dataset on one CPU, in several processes, or on a TPU pod, by the same program.
 
-Handwritten digits, of which a fifth have no label (zero weight), are dealt out to the processes.
-Each pads its share with absent rows, so that all take the same steps of the same shape, and every
-step adds totals and counts over all devices. The means printed are those of the labelled digits,
-whatever the number of devices: nothing is divided before the end.
+Each process gets a part of the handwritten digits, a fifth of which have no label (weight zero). It
+pads its part with rows of weight zero, so that all processes take the same number of steps of the
+same shape. Every step adds totals and counts over all devices, and nothing is divided before the
+end. So the means printed are those of the labelled digits, whatever the number of devices.
 
 On one machine::
 
@@ -13,7 +13,7 @@ As two processes on one machine, each started with its own id (0 and 1)::
 
     python examples/evaluate_on_pod.py --coordinator localhost:9876 --num-processes 2 --process-id 0
 
-On a TPU pod or under Slurm, where JAX finds out by itself, the same on every host::
+On a TPU pod or under Slurm, where JAX finds the processes by itself, on every host::
 
     python examples/evaluate_on_pod.py --distributed
 """
@@ -33,7 +33,7 @@ from tqdm import trange
 
 import jaxlosses as jl
 
-LEARNED_FROM = 1000  # The digits that the classifier has seen; the others are evaluated.
+LEARNED_FROM = 1000  # How many digits the classifier learns from; the others are evaluated.
 UNLABELLED = -1
 
 
@@ -67,7 +67,7 @@ def train(images: np.ndarray, labels: np.ndarray, steps: int = 100) -> Any:
 def evaluate(
     params: Any, batch: tuple[Array, Array], present: Array
 ) -> tuple[jl.LossCollector, jl.WeightedMean]:
-    """The losses and the accuracy of one batch, undivided, over all devices that hold a part."""
+    """The losses and the accuracy of one batch over all devices, as undivided means."""
     images, labels = batch
     logits = images @ params["kernel"] + params["bias"]
     weights = present & (labels != UNLABELLED)
@@ -92,17 +92,17 @@ def main() -> None:
     params = train(images[:LEARNED_FROM], labels[:LEARNED_FROM])
     labels[::5] = UNLABELLED
     rank, processes = jax.process_index(), jax.process_count()
-    share = images[LEARNED_FROM + rank :: processes], labels[LEARNED_FROM + rank :: processes]
+    part = images[LEARNED_FROM + rank :: processes], labels[LEARNED_FROM + rank :: processes]
 
     rows = options.batch * jax.local_device_count()
     longest = -(-(len(images) - LEARNED_FROM) // processes)
     steps = -(-longest // rows)
-    padded = jl.pad_batch(share, steps * rows)
+    padded = jl.pad_batch(part, steps * rows)
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
-    shared = functools.partial(jax.make_array_from_process_local_data, sharding)
+    to_devices = functools.partial(jax.make_array_from_process_local_data, sharding)
     parts = []
     for i in trange(steps, disable=rank > 0, desc="evaluating"):
-        batch = jax.tree.map(lambda leaf, i=i: shared(leaf[i * rows : (i + 1) * rows]), padded)
+        batch = jax.tree.map(lambda leaf, i=i: to_devices(leaf[i * rows : (i + 1) * rows]), padded)
         parts.append(evaluate(params, *batch))
     totals: Any = [sum(means) for means in zip(*parts, strict=True)]
     losses, right = totals

@@ -1,10 +1,11 @@
 """Learn to write Python from the standard library, with a vocabulary of tens of thousands.
 
-A small causal transformer learns the source code that comes with every Python, definition by
-definition, several of them packed into a row, with padding at weight zero. The logits of 32,768
-tokens would be by far the largest array of a training step; ``linear_softmax_cross_entropy`` takes
-the last hidden layer and the kernel, and never holds them. Its memory is compared with that of a
-loss of logits, and the model, on files held out, with the mere frequency of each token.
+A small causal transformer learns from the source code that comes with every Python. Several
+definitions are packed into a row, and the padding has weight zero. With a vocabulary of 32,768, the
+logits would be by far the largest array of a training step. ``linear_softmax_cross_entropy`` takes
+the last hidden layer and the kernel instead, and never holds all logits. Its memory is compared
+with that of a loss of logits, and the model is compared, on files that are held out, with a unigram
+model, which knows only how frequent each token is.
 
 Run ``python examples/language_model.py``; it takes about four minutes on two CPU cores.
 """
@@ -39,7 +40,7 @@ LENGTH, BATCH, MICROBATCHES, WIDTH, LAYERS = 256, 4, 2, 128, 3
 
 
 class Tokenizer:
-    """The most frequent words, and all bytes, so that any text has tokens; 0 stands before it."""
+    """Tokens are the most frequent words and all bytes, so any text has some; 0 begins a text."""
 
     def __init__(self, texts: list[bytes], size: int):
         counts = collections.Counter(word for text in texts for word in WORD.findall(text))
@@ -48,7 +49,7 @@ class Tokenizer:
         self.ids = {word: i for i, word in enumerate(self.words)}
 
     def encode(self, text: bytes) -> list[int]:
-        """Token ids: of a word that has none, those of its longest beginning and of the rest."""
+        """Token ids; a word that is no token is split into its longest beginning and the rest."""
         ids = [0]
         for word in WORD.findall(text):
             while word:
@@ -58,7 +59,7 @@ class Tokenizer:
         return ids
 
     def bits_per_byte(self, losses: jl.LossCollector, labels: Any) -> float:
-        """A total over another count, that of the bytes which the labels stand for."""
+        """The total loss in bits, divided by the number of bytes that the labels stand for."""
         nats: Any = losses.losses["cross_entropy"].total
         return float(nats) / math.log(2) / sum(len(self.words[i]) for i in labels[labels >= 0])
 
@@ -67,9 +68,9 @@ class Rows(NamedTuple):
     """Definitions packed into rows; all arrays are ``[rows, LENGTH]``."""
 
     tokens: Any
-    labels: Any  # The next token; -1, which no token is, at padding.
+    labels: Any  # The next token; -1, which is not a token, at padding.
     weights: Any  # False at padding.
-    positions: Any  # In the token's definition, and 0 at padding.
+    positions: Any  # The position in the token's definition; 0 at padding.
 
     def take(self, rows: Any) -> "Rows":
         """Some of the rows."""
@@ -88,7 +89,7 @@ def load() -> tuple[list[bytes], list[bytes]]:
 
 
 def pack(texts: list[bytes], tokenizer: Tokenizer) -> Rows:
-    """Cut what is longer than a row, and put each piece in the first row that has room."""
+    """Cut definitions that are longer than a row, and put each piece in the first row with room."""
     streams = map(tokenizer.encode, texts)
     pieces = [s[i : i + LENGTH + 1] for s in streams for i in range(0, len(s) - 1, LENGTH)]
     room = np.full(len(pieces), LENGTH)
@@ -104,7 +105,7 @@ def pack(texts: list[bytes], tokenizer: Tokenizer) -> Rows:
 
 
 class LanguageModel(nnx.Module):
-    """A transformer without its last product: the logits are ``hidden @ kernel``."""
+    """A transformer that returns the two factors of its logits, ``hidden @ kernel``."""
 
     def __init__(self, size: int, rngs: nnx.Rngs):
         normal, zeros = nnx.initializers.normal(0.02), nnx.initializers.zeros
@@ -125,12 +126,13 @@ class LanguageModel(nnx.Module):
 
     def __call__(self, rows: Rows) -> tuple[Array, Array]:
         """``hidden`` is ``[batch, length, width]``, and ``kernel`` is ``[width, vocabulary]``."""
-        begun = jnp.cumsum(rows.positions == 0, axis=1)  # Which of the row's definitions it is.
-        mask = (begun[:, :, None] == begun[:, None, :]) & jnp.tri(LENGTH, dtype=bool)
+        definition = jnp.cumsum(rows.positions == 0, axis=1)  # Its number within the row.
+        same = definition[:, :, None] == definition[:, None, :]
+        mask = same & jnp.tri(LENGTH, dtype=bool)
         x = math.sqrt(WIDTH) * self.embed(rows.tokens) + self.position(rows.positions)
         layers = zip(self.shifts, self.norms, self.attention, self.dense, strict=True)
         for shift, norm, attention, dense in layers:
-            # What is one token before would take attention long to find.
+            # The token before is given directly; attention would take long to learn to find it.
             x = x + shift(jnp.where(rows.positions[..., None] > 0, jnp.roll(norm(x), 1, 1), 0))
             x = x + attention(norm(x), mask=mask[:, None])
             x = x + dense(x)
@@ -138,7 +140,7 @@ class LanguageModel(nnx.Module):
 
 
 def collect(graph: Any, fused: bool, z_loss: float, params: Any, rows: Rows) -> jl.LossCollector:
-    """The loss, undivided; a label may be -1 where its weight is zero."""
+    """The loss as an undivided mean; a label may be -1 where its weight is zero."""
     hidden, kernel = nnx.merge(graph, params)(rows)
     rest, options = (rows.labels, rows.weights), {"z_loss": z_loss, "reduction": "parts"}
     if fused:
@@ -150,7 +152,7 @@ def collect(graph: Any, fused: bool, z_loss: float, params: Any, rows: Rows) -> 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
 def step(graph: Any, fused: bool, optimizer: Any, params: Any, state: Any, rows: Rows) -> Any:
-    """Descend, by a gradient that is exact over microbatches of more and of less padding."""
+    """One step, by a gradient that is exact though microbatches have different padding."""
     loss_fn = functools.partial(collect, graph, fused, 1e-4)
     (_, losses), grads = jl.accumulate_value_and_grad(loss_fn, MICROBATCHES)(params, rows)
     updates, state = optimizer.update(grads, state, params)
@@ -159,7 +161,7 @@ def step(graph: Any, fused: bool, optimizer: Any, params: Any, state: Any, rows:
 
 @nnx.jit
 def write(model: LanguageModel, tokens: Any, start: Any, key: Array) -> Array:
-    """Continue ``tokens[:start]``, one token after another, as the model would."""
+    """Continue ``tokens[:start]``, one token after the other, by samples of the model."""
 
     def add(i: Array, tokens: Array) -> Array:
         row = tokens[None]
@@ -171,7 +173,7 @@ def write(model: LanguageModel, tokens: Any, start: Any, key: Array) -> Array:
 
 
 def draw(out: str, learned: list, held: list, unigram: float, memory: dict[str, float]) -> None:
-    """Write the picture: bits per byte on the way, and the memory of a step."""
+    """Write the picture: bits per byte during training, and the memory of a step."""
     plt.rc("axes.spines", top=False, right=False)
     figure = plt.figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(5, 2))
@@ -210,7 +212,7 @@ def main() -> None:
 
     evaluate = jax.jit(functools.partial(collect, graph, True, 0.0))
     batches = [held.take(slice(i, i + BATCH)) for i in range(0, len(held.tokens), BATCH)]
-    batches = [jl.pad_batch(batch, BATCH)[0] for batch in batches]  # With zeros: weight zero.
+    batches = [jl.pad_batch(batch, BATCH)[0] for batch in batches]  # The weights become 0.
     learned, held_out, progress = [], [(0, math.nan)], trange(1, steps + 1)
     for i in progress:
         batch = train.take(rng.choice(len(train.tokens), BATCH, replace=False))
@@ -233,7 +235,7 @@ def main() -> None:
         tokens = np.pad(np.array(ids, np.int32), (0, LENGTH - len(ids)))
         tokens = write(nnx.merge(graph, params), tokens, len(ids), jax.random.key(seed))
         text = b"".join(tokenizer.words[i] for i in np.asarray(tokens)).decode(errors="replace")
-        print("\n" + text.partition("\n\n\n")[0])  # Where a definition ends.
+        print("\n" + text.partition("\n\n\n")[0])  # Up to the end of the definition.
     draw(options.out, learned, held_out, unigram, memory)
     print(f"\nWrote {options.out}")
 

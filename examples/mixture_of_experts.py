@@ -1,10 +1,10 @@
-"""Keep a mixture of experts busy with losses that its layers sow.
+"""Make a mixture of experts use all experts, by losses that its layers sow.
 
 A small Switch Transformer reads scikit-learn's handwritten digits row by row. In each layer a
-router sends every row of pixels to one of 16 experts. At first it favours a few of them, and left
-alone it never uses some of the others. So each layer sows a load-balance loss and a router z-loss
-where it knows them, deep inside of the model, and the training step collects them by name and adds
-its own. The same model is trained without and with the load-balance loss.
+router sends every row of pixels to one of 16 experts. At first it prefers a few of them, and
+without a loss against it, some experts are never used. So each layer sows a load-balance loss and a
+router z-loss, deep inside of the model where they are known. The training step collects them by
+name and adds its own losses. The model is trained without and with the load-balance loss.
 
 Run ``python examples/mixture_of_experts.py``; it takes about half a minute on two CPU cores.
 """
@@ -30,14 +30,14 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 EXPERTS, LAYERS, WIDTH, ROWS = 16, 2, 32, 8
-BATCH, HELD_OUT = 64, 360  # So the last batch of the held-out digits has 40.
+BATCH, HELD_OUT = 64, 360  # The last batch of the held-out digits has 40 rows.
 BALANCE, ROUTER_Z, DECAY = 0.05, 1e-3, 1e-4  # The coefficients of the losses.
 SOWN = [f"layers/{i}/{name}" for i in range(LAYERS) for name in ("load_balance", "router_z")]
 KINDS = {"cross_entropy": "black", "load_balance": "C0", "router_z": "C2", "kernel$": "C4"}
 
 
 class Layer(nnx.Module):
-    """Attention among the tokens, then for each the one expert that the router chooses."""
+    """Attention between the tokens, and then for each token the expert that its router chooses."""
 
     def __init__(self, balance: float, rngs: nnx.Rngs):
         self.balance = balance
@@ -49,7 +49,7 @@ class Layer(nnx.Module):
         self.down_kernel = nnx.Param(init(rngs.params(), (EXPERTS, WIDTH, WIDTH)))
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        """Map ``[batch, tokens, width]`` to the same and to the choices, ``[..., experts]``."""
+        """Map ``[batch, tokens, width]`` to new ones, and to the choices, ``[..., experts]``."""
         x = x + self.attention(self.norms[0](x))
         y = self.norms[1](x)
         logits = self.router(y)
@@ -59,7 +59,7 @@ class Layer(nnx.Module):
         balance = EXPERTS * probabilities @ chosen.mean((0, 1))
         jlf.sow_loss(self, "load_balance", self.balance * balance)
         jlf.sow_loss(self, "router_z", ROUTER_Z * jax.nn.logsumexp(logits, -1) ** 2)
-        # Small as they are, all experts compute, and the choice selects one of the results.
+        # The experts are small, so all of them compute, and the choice selects one result.
         hidden = nnx.relu(jnp.einsum("btw,ewh->bteh", y, self.up_kernel[...]))
         gated = hidden * (chosen * probabilities)[..., None]
         return x + jnp.einsum("bteh,ehw->btw", gated, self.down_kernel[...]), chosen
@@ -84,7 +84,7 @@ class Classifier(nnx.Module):
 
 
 def run(model: Classifier, images: Array, labels: Array) -> tuple[jl.LossCollector, ...]:
-    """The losses, and the metrics, which a collector carries as well."""
+    """The losses, and the metrics in a collector of their own."""
     (logits, choices), losses = jlf.capture(model, expected=SOWN)(images)
     cross_entropy = jl.sparse_softmax_cross_entropy(logits, labels, reduction="parts")
     losses = losses.add_loss("cross_entropy", cross_entropy)
@@ -96,7 +96,7 @@ def run(model: Classifier, images: Array, labels: Array) -> tuple[jl.LossCollect
 
 @nnx.jit
 def step(model: Classifier, optimizer: nnx.Optimizer, images: Array, labels: Array) -> Any:
-    """Descend on the total of the losses, and return them."""
+    """One step down the gradient of the total loss; returns the losses."""
 
     def total(model: Classifier) -> tuple[Array, jl.LossCollector]:
         losses, _ = run(model, images, labels)
@@ -125,17 +125,17 @@ def train(balance: float, images: Array, labels: Array, steps: int, **bar) -> tu
 
 
 def evaluate(model: Classifier, images: Array, labels: Array) -> list[Any]:
-    """The losses and the metrics of all batches, the ragged last one's too."""
+    """The losses and the metrics of all batches, also of the last one, which is smaller."""
     batches = [slice(i, i + BATCH) for i in range(0, len(images), BATCH)]
     jitted = nnx.jit(run)
     parts = [jitted(model, images[batch], labels[batch]) for batch in batches]
-    # Totals and counts add up, so these means are exact. (Only the load balance, which multiplies
-    # two means of a batch, is one thing for a batch and another for the whole.)
+    # Totals and counts add up, so these means are exact. (Except for the load balance, which is a
+    # product of two means of a batch, and so depends on how the data is cut into batches.)
     return [sum(collectors) for collectors in zip(*parts, strict=True)]
 
 
 def report(metrics: dict[str, dict[str, Array]]) -> None:
-    """Print how many digits are recognised, and how evenly each layer uses its experts."""
+    """Print the accuracy, and how evenly each layer uses its experts."""
     print(f"\n{'load-balance loss':18}{'accuracy':>9}{'layer':>7}{'busiest':>9}{'under 1%':>10}")
     for title, values in metrics.items():
         accuracy, loads = float(values["accuracy"]), np.asarray(values["load"])
@@ -145,7 +145,7 @@ def report(metrics: dict[str, dict[str, Array]]) -> None:
 
 
 def draw(out: str, metrics: dict[str, dict[str, Array]], histories: dict[str, dict]) -> None:
-    """Write the picture: how each layer shares its tokens out, and the losses on the way."""
+    """Write the picture: how many tokens each expert gets, and the losses during training."""
     figure = plt.figure(figsize=(11, 7.6), layout="constrained")
     grid, places = figure.add_gridspec(2, LAYERS, hspace=0.06), np.arange(1, EXPERTS + 1)
     top = 105 * max(float(values["load"].max()) for values in metrics.values())

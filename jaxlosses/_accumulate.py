@@ -1,4 +1,9 @@
-"""Exact means over microbatches and ragged batches."""
+"""Exact means over microbatches, and batches padded to a fixed size.
+
+A step of training may not have the memory for its whole batch. Here it takes one microbatch after
+the other, and value and gradient are still those of the whole batch. A batch that is too short is
+padded with rows of weight zero, which change no mean.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +28,16 @@ def accumulate_value_and_grad(
     $$\nabla \sum_k \frac{\sum_m t_{km}}{\sum_m c_{km}}
     = \sum_m \nabla \sum_k \frac{t_{km}}{C_k}, \quad C_k = \sum_m c_{km}$$
 
-    of losses $k$ with totals $t$ and counts $c$ in microbatches $m$. Each loss has a denominator
-    of its own, so no factor for the whole gradient is right; here each is divided by its count over
-    the whole batch before it is differentiated. That takes two scans and one sum of gradients. The
-    first scan asks ``loss_fn`` for counts alone. They depend on the data, not on the model, so that
-    the compiler removes the model from it; where weights do depend on the model, as much of it as
-    they need runs twice, and the result is exact all the same (counts have no derivative).
+    of losses $k$ with totals $t$ and counts $c$ in microbatches $m$. Each loss has a count of its
+    own, so no single factor for the gradient of a microbatch would be right. Here each total is
+    divided by its count over the whole batch, and then differentiated. That takes two scans over
+    the microbatches. The first one adds up the counts. These depend on the data and not on the
+    model, so the compiler removes the model from this scan. Where weights do depend on the model,
+    the part of the model that they need runs twice; the result is still exact, because counts have
+    no derivative. The second scan adds up the gradients.
 
-    Losses added as scalars have no count: they are means over the microbatches. For a
-    regularization that is the regularization itself, once.
+    A loss added as a scalar counts 1 in each microbatch, so its value is the mean over the
+    microbatches. For a regularization, which is the same in all of them, that is its value.
 
     Args:
         loss_fn: ``loss_fn(params, microbatch)`` returns a ``LossCollector``, or with ``has_aux`` a
@@ -45,15 +51,16 @@ def accumulate_value_and_grad(
     Returns:
         A function of ``(params, batch)``, pytrees of arrays, those of the batch with one leading
         axis. It returns ``((total, losses), grads)``, or with ``has_aux`` ``((total, (losses,
-        aux)), grads)``, the microbatches' ``aux`` stacked. The total is the whole batch's
-        ``losses.get_total_loss()``. Gradients have the dtypes of the parameters and are summed in
-        float32 at least.
+        aux)), grads)``, where ``aux`` is that of all microbatches, stacked. The total is
+        ``losses.get_total_loss()`` of the whole batch. Gradients have the dtypes of the parameters
+        and are summed in float32 at least.
 
     Raises:
-        ValueError: if ``num_microbatches`` is no positive integer, and from the returned function,
-            if the leading axes of the batch differ (naming them) or are no multiple of it,
-            ``loss_fn`` returns no ``LossCollector`` (with ``has_aux``, no pair), or a loss has an
-            axis over the rows of the batch, so that microbatches have no mean in common.
+        ValueError: if ``num_microbatches`` is not a positive integer. The returned function raises
+            it if the leading axes of the batch differ or are not a multiple of
+            ``num_microbatches``, if ``loss_fn`` does not return a ``LossCollector`` (with
+            ``has_aux``, a pair), or if a loss has an axis over the rows of the batch, so that the
+            microbatches cannot be added up.
 
     Example:
         >>> import jax.numpy as jnp
@@ -71,8 +78,11 @@ def accumulate_value_and_grad(
         raise ValueError(f"num_microbatches must be positive, got {num_microbatches}")
 
     def split_aux(result: Any) -> tuple[LossCollector, Any]:
+        """The losses and the aux of what ``loss_fn`` returned."""
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-            raise ValueError(f"loss_fn must return a pair, got {type(result).__name__}")
+            raise ValueError(
+                f"loss_fn must return a pair (losses, aux), got {type(result).__name__}"
+            )
         losses, aux = result if has_aux else (result, ())
         if not isinstance(losses, LossCollector):
             raise ValueError(f"loss_fn must return a LossCollector, got {type(losses).__name__}")
@@ -86,20 +96,22 @@ def accumulate_value_and_grad(
             return None, _with_totals(losses, jax.tree.map(jnp.zeros_like, losses))
 
         _, counts = jax.lax.scan(count, None, microbatches)
-        whole = _sum(counts)
-        if any(leaf.ndim for leaf in jax.tree.leaves(whole)):
+        batch_counts = _sum(counts)
+        if any(leaf.ndim for leaf in jax.tree.leaves(batch_counts)):
+            # A loss whose axis is the rows has other shapes for the whole batch. To merge them
+            # raises an error that names the loss.
             full = jax.eval_shape(lambda *a: split_aux(loss_fn(*a))[0], params, batch)
-            # Collectors of other shapes are refused here as where they would be added up.
-            jax.eval_shape(LossCollector.merge, whole, full)
+            jax.eval_shape(LossCollector.merge, batch_counts, full)
 
-        def share(params: Any, microbatch: Any) -> tuple[Array, tuple[LossCollector, Any]]:
+        def part_of_total(params: Any, microbatch: Any) -> tuple[Array, tuple[LossCollector, Any]]:
             losses, aux = split_aux(loss_fn(params, microbatch))
-            return _with_totals(whole, losses).get_total_loss(), (losses, aux)
+            return _with_totals(batch_counts, losses).get_total_loss(), (losses, aux)
 
         def add(sums: Any, microbatch: Any) -> tuple[Any, tuple[LossCollector, Any]]:
-            grads, seen = jax.grad(share, has_aux=True)(params, microbatch)
-            return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), seen
+            grads, results = jax.grad(part_of_total, has_aux=True)(params, microbatch)
+            return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, grads), results
 
+        # Accumulate in float32; cast once at the end.
         sums = jax.tree.map(lambda p: jnp.zeros_like(widen(p)), params)
         sums, (losses, aux) = jax.lax.scan(add, sums, microbatches)
         losses = _sum(losses)
@@ -110,19 +122,20 @@ def accumulate_value_and_grad(
 
 
 def pad_batch(batch: Any, size: int) -> tuple[Any, Any]:
-    """A batch of a fixed size from a smaller one, and the weights that make the rest absent.
+    """A smaller batch padded to a fixed size, and weights that are zero for the added rows.
 
-    So the last batch of a dataset has the shape of the others, and nothing is compiled twice.
+    So the last batch of a dataset has the shape of the others, and no program is compiled for it.
 
     Args:
-        batch: A pytree of arrays of numbers (NumPy's stay NumPy's) with one leading axis in common.
-        size: The length of that axis to pad to, with zeros at the end.
+        batch: A pytree of arrays of numbers whose leading axes have one length. NumPy arrays stay
+            NumPy arrays.
+        size: The length to pad this axis to, with zeros at the end.
 
     Returns:
-        The padded batch, and weights ``[size]``: True for what was there, False for what was added.
+        The padded batch, and weights ``[size]``: True for rows of the batch, False for added rows.
 
     Raises:
-        ValueError: if the leading axes differ, or are longer than ``size``.
+        ValueError: if the leading axes differ in length, or are longer than ``size``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -133,7 +146,7 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, Any]:
     """
     rows = _num_rows(batch)
     if rows > check_integer("size", size):
-        raise ValueError(f"size must be at least the batch's {rows}, got {size}")
+        raise ValueError(f"size must be at least the batch's {rows} rows, got {size}")
 
     def pad(leaf: Any) -> Any:
         widths = [(0, size - rows)] + [(0, 0)] * (leaf.ndim - 1)
@@ -143,11 +156,11 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, Any]:
 
 
 def _num_rows(batch: Any) -> int:
-    """The length of the leading axis; ``ValueError`` naming the leaves if it is not theirs all."""
+    """The length of the leading axes; ``ValueError`` naming the leaves if they differ."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     sizes = {jax.tree_util.keystr(path) or "batch": jnp.shape(leaf)[:1] for path, leaf in leaves}
     if len(set(sizes.values())) != 1 or () in sizes.values():
-        raise ValueError(f"batch must have arrays with one leading axis in common, got {sizes}")
+        raise ValueError(f"batch must have arrays with leading axes of one length, got {sizes}")
     return next(iter(sizes.values()))[0]
 
 
@@ -156,19 +169,22 @@ def _split(batch: Any, num_microbatches: int) -> Any:
     rows = _num_rows(batch)
     if rows % num_microbatches:
         raise ValueError(
-            f"batch must have a leading axis that num_microbatches={num_microbatches} divides, "
-            f"got {rows}"
+            f"batch must have a leading axis that is a multiple of "
+            f"num_microbatches={num_microbatches}, got {rows} rows"
         )
 
     def cut(leaf: Any) -> Array:
         leaf = jnp.asarray(leaf)
-        pairs = leaf.reshape(rows // num_microbatches, num_microbatches, *leaf.shape[1:])
-        return jnp.swapaxes(pairs, 0, 1)
+        # This order leaves every row on its device where rows are sharded.
+        split = leaf.reshape(rows // num_microbatches, num_microbatches, *leaf.shape[1:])
+        return jnp.swapaxes(split, 0, 1)
 
     return jax.tree.map(cut, batch)
 
 
 def _with_totals(counts: LossCollector, totals: LossCollector) -> LossCollector:
+    """The counts of one collector with the totals of another."""
+
     def pick(count: WeightedMean, total: WeightedMean) -> WeightedMean:
         return WeightedMean(total.total, count.count)
 
@@ -176,4 +192,5 @@ def _with_totals(counts: LossCollector, totals: LossCollector) -> LossCollector:
 
 
 def _sum(stacked: LossCollector) -> LossCollector:
+    """The sum of collectors that a scan has stacked."""
     return jax.tree.map(lambda x: jnp.sum(x, 0), stacked)

@@ -1,4 +1,8 @@
-"""How the product of a last layer is cut into blocks. Nothing here knows a loss."""
+"""How the product of a last layer, ``hidden @ kernel``, is cut into blocks.
+
+A block is some of the tokens with all classes, or some of the classes with all tokens. Nothing here
+knows a loss.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,25 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
+from jaxlosses._primitive import vary_alike
 from jaxlosses._typing import is_integer, precision
 
 T = TypeVar("T")
 BlockSize: TypeAlias = int | tuple[int, None] | None
 Side = Literal["tokens", "classes"]
 
-_BYTES = 2**23  # Of logits in a block: a CPU's cache holds them.
-_FEWEST_TOKENS, _FEWEST_CLASSES = 256, 1024  # So that a product is worth its operands' way.
+_BLOCK_BYTES = 2**23  # The logits of one block, so that they stay in a CPU's cache.
+# In a smaller block, reading hidden and kernel takes longer than multiplying them.
+_FEWEST_TOKENS, _FEWEST_CLASSES = 256, 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
-    """``count`` blocks of ``segments * length`` tokens or classes, and one of what is left.
+class BlockPlan:
+    """How an axis of tokens or of classes is cut into blocks.
 
-    A block has a part of each of the segments that lie along the axis. So an axis that is sharded
-    over as many devices as there are segments, or over a divisor, stays so in every block.
+    The axis is split into ``segments`` of equal size, and a block takes ``length`` places of every
+    segment: there are ``count`` such blocks, and a shorter one of the ``rest``. An axis that is
+    sharded over as many devices as there are segments, or a divisor of that, stays so in a block.
     """
 
     side: Side
@@ -37,66 +44,80 @@ class Blocks:
     count: int
     rest: int
 
-    def fold(self, step: Callable[[Block, T], T], carry: T) -> T:
-        """``carry = step(block, carry)`` from block to block."""
+    def loop(self, step: Callable[[BlockSlice, T], T], carry: T) -> T:
+        """Repeat ``carry = step(block, carry)`` for every block."""
 
-        def follow(i: Any, carry: T) -> T:
-            return step(Block(self, i * self.length, self.length), carry)
+        def body(i: Any, carry: T) -> T:
+            return step(BlockSlice(self, i * self.length, self.length), carry)
 
-        carry = lax.fori_loop(0, self.count, follow, carry)
-        return step(Block(self, self.count * self.length, self.rest), carry) if self.rest else carry
+        carry = lax.fori_loop(0, self.count, body, carry)
+        if not self.rest:
+            return carry
+        return step(BlockSlice(self, self.count * self.length, self.rest), carry)
 
-    def with_batch_axis(self) -> Blocks:
-        """For arrays of tokens that have one more axis in front."""
+    def with_batch_axis(self) -> BlockPlan:
+        """The plan for arrays of tokens that have one more axis in front."""
         return dataclasses.replace(self, axis=self.axis + 1) if self.side == "tokens" else self
 
 
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """``length`` of each segment, from ``start`` on."""
+class BlockSlice:
+    """One block of a plan: ``length`` places of each segment, from ``start`` on.
 
-    blocks: Blocks
+    Its methods say of an array which side it has: ``"tokens"``, where the tokens' axes come first,
+    or ``"classes"``, where the classes are the last axis. An array without the side that is cut is
+    whole in every block.
+    """
+
+    plan: BlockPlan
     start: Any
     length: int
 
     def take(self, side: Side, x: Array) -> Array:
-        """What the block has of an array with tokens, or with classes as its last axis."""
-        if side != self.blocks.side:
+        """The block's part of an array."""
+        if side != self.plan.side:
             return x
         axis, split = self._split(x)
         part = lax.dynamic_slice_in_dim(split, self.start, self.length, axis + 1)
-        length = self.blocks.segments * self.length
+        length = self.plan.segments * self.length
         return part.reshape(*x.shape[:axis], length, *x.shape[axis + 1 :])
 
     def put(self, side: Side, x: Array, part: Array) -> Array:
-        """``x`` with the block's part of it replaced."""
+        """``x`` with the block's part replaced by ``part``."""
         part = part.astype(x.dtype)
-        if side != self.blocks.side:
+        if side != self.plan.side:
             return part
         axis, split = self._split(x)
         part = part.reshape(*split.shape[: axis + 1], self.length, *split.shape[axis + 2 :])
         return lax.dynamic_update_slice_in_dim(split, part, self.start, axis + 1).reshape(x.shape)
 
     def add(self, side: Side, x: Array, part: Array) -> Array:
-        """The sum over the blocks so far, to which one adds what no other one does, or all do."""
-        return self.put(side, x, part if side == self.blocks.side else x + part.astype(x.dtype))
+        """``x``, a sum that starts at 0, with this block's ``part`` added.
 
-    def places(self, side: Side, size: int) -> Array:
-        """Where on an uncut axis the block is, which has one segment."""
-        return (
-            self.start + jnp.arange(self.length) if side == self.blocks.side else jnp.arange(size)
-        )
+        Where ``x`` has the side that is cut, no other block adds to that part, so it is put there.
+        """
+        return self.put(side, x, part if side == self.plan.side else x + part.astype(x.dtype))
+
+    def indices(self, side: Side, size: int) -> Array:
+        """The block's indices along an axis of some size, which has one segment if it is cut."""
+        if side != self.plan.side:
+            return jnp.arange(size)
+        return self.start + jnp.arange(self.length)
 
     def _split(self, x: Array) -> tuple[int, Array]:
-        axis, segments = self.blocks.axis % x.ndim, self.blocks.segments
-        stretch = x.shape[axis] // segments
-        return axis, x.reshape(*x.shape[:axis], segments, stretch, *x.shape[axis + 1 :])
+        """The axis that is cut, and ``x`` with two in its place: segments, and places in them."""
+        axis, segments = self.plan.axis % x.ndim, self.plan.segments
+        size = x.shape[axis] // segments
+        return axis, x.reshape(*x.shape[:axis], segments, size, *x.shape[axis + 1 :])
 
 
-def choose_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> Blocks:
-    """Blocks of ``_BYTES`` of logits on a device, as far as it is known what a device has.
+def plan_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> BlockPlan:
+    """Blocks of the size that was asked for, or of ``_BLOCK_BYTES`` of logits on each device.
 
-    The classes are cut, or where these are sharded, the tokens.
+    The classes are cut, or the tokens where that was asked for or the classes are sharded.
+
+    Raises:
+        ValueError: if ``block_size`` is not a positive integer, ``(tokens, None)`` or None.
     """
     rows = columns = None
     if isinstance(block_size, tuple) and len(block_size) == 2 and block_size[1] is None:
@@ -104,47 +125,45 @@ def choose_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> Blocks
     elif block_size is not None:
         columns = _check_size(block_size, block_size)
     sizes, classes = hidden.shape[:-1] or (1,), kernel.shape[1]
-    shards = [_shards(hidden, i) for i in range(hidden.ndim - 1)] or [1]
-    tokens, class_shards = math.prod(sizes), _shards(kernel, 1)
+    shards = [_num_shards(hidden, i) for i in range(hidden.ndim - 1)] or [1]
+    tokens, class_shards = math.prod(sizes), _num_shards(kernel, 1)
     if block_size is None:
-        logits = (
-            _BYTES
-            // jnp.dtype(precision(hidden, kernel)).itemsize
-            * math.prod(shards)
-            * class_shards
-        )
+        bytes_of_all = _BLOCK_BYTES * math.prod(shards) * class_shards
+        logits = bytes_of_all // jnp.dtype(precision(hidden, kernel)).itemsize
         if class_shards > 1:
             rows = max(logits // classes, _FEWEST_TOKENS)
         else:
             columns = max(logits // max(tokens, 1), _FEWEST_CLASSES)
     if rows is None or not tokens or hidden.ndim == 1:
         columns = min(columns or classes, classes)
-        return Blocks("classes", -1, 1, columns, *divmod(classes, columns))
-    # Of the axes of tokens, the longest that a device has for itself.
+        return BlockPlan("classes", -1, 1, columns, *divmod(classes, columns))
+    # Cut the longest axis of tokens, of those that are not sharded if there is one.
     axis = max(range(len(sizes)), key=lambda i: (shards[i] == 1, sizes[i]))
     length = min(max(rows * sizes[axis] // tokens, 1), sizes[axis])
     segments = math.gcd(sizes[axis], length)
     length //= segments
-    return Blocks("tokens", axis, segments, length, *divmod(sizes[axis] // segments, length))
+    return BlockPlan("tokens", axis, segments, length, *divmod(sizes[axis] // segments, length))
 
 
 def _check_size(block_size: BlockSize, number: Any) -> int:
+    """``number``, a part of ``block_size``, if it is a positive integer."""
     if not is_integer(number) or number < 1:
         raise ValueError(
-            f"block_size must be a positive number of classes, or (tokens, None), got {block_size}"
+            f"block_size must be a positive number of classes, or (tokens, None) with a positive "
+            f"number of tokens, got {block_size!r}"
         )
     return int(number)
 
 
-def _shards(x: Array, axis: int) -> int:
-    """Over how many devices an axis is sharded, as far as it shows."""
+def _num_shards(x: Array, axis: int) -> int:
+    """Over how many devices an axis is sharded, 1 if JAX does not know it (on an Auto mesh)."""
     sharding = jax.typeof(x).sharding
     names = sharding.spec[axis] or ()
     return math.prod(sharding.mesh.shape[n] for n in (names if type(names) is tuple else [names]))
 
 
 def matmul(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int]) -> Array:
-    """The products' sum over some axes, in float32 at least."""
+    """The sum of products over some axes of ``x`` and of ``y``, in float32 at least."""
     wide = precision(x, y)
     common = x.dtype if x.dtype == y.dtype else wide
     axes = ((x_axes, y_axes), ((), ()))
@@ -152,15 +171,12 @@ def matmul(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int]) -> 
 
 
 def per_token(function: Callable[..., list[Array]], hidden: Array, *arrays: Array) -> list[Array]:
-    """``function(hidden, *arrays)``, arrays of one number for each token, on any mesh.
+    """``function(hidden, *arrays)``, which returns arrays of one number for each token.
 
-    An Explicit mesh would ask of every product how it is sharded; XLA finds that by itself. In
-    ``shard_map`` all arrays vary over the axes over which any does, as they would in a sum.
+    It works on any mesh. On an Explicit mesh JAX would ask how the result of every product is
+    sharded; here XLA decides it, as on an Auto mesh.
     """
-    arrays, sharding = (hidden, *arrays), jax.typeof(hidden).sharding
-    if AxisType.Manual in sharding.mesh.axis_types:
-        zero = sum(jnp.sum(jnp.zeros_like(a), dtype=int) for a in arrays)
-        arrays = tuple(a + jnp.asarray(zero, a.dtype) for a in arrays)
+    arrays, sharding = vary_alike(hidden, *arrays), jax.typeof(hidden).sharding
     if AxisType.Explicit in sharding.mesh.axis_types:
         spec = PartitionSpec(*sharding.spec[:-1])
         return jax.sharding.auto_axes(out_sharding=spec)(function)(*arrays)

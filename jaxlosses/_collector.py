@@ -1,4 +1,7 @@
-"""Named losses that travel as a value, where TensorFlow had a global collection."""
+"""Named losses in a value that functions take and return.
+
+TensorFlow collected losses in a global collection of the graph; JAX's functions are pure.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from jaxlosses._mean import WeightedMean, psum, widen
 from jaxlosses._regularization import Regularizer, as_pattern, matching_parameters
 from jaxlosses._typing import as_floats
 
-TOTAL = "total_loss"  # What a logger calls the sum; no loss can have this name.
+TOTAL = "total_loss"  # The name of the sum for loggers; no loss can have it.
 
 
 @jax.tree_util.register_dataclass
@@ -27,16 +30,16 @@ TOTAL = "total_loss"  # What a logger calls the sum; no loss can have this name.
 class LossCollector:
     """Losses by name, each kept as an undivided mean.
 
-    Immutable: every method returns a new collector. A pytree, whose names are structure and whose
-    leaves are the totals and counts: it passes through ``jit``, ``grad``, ``scan``, ``cond`` and
-    ``vmap``, and into checkpoints. Adding collectors (of microbatches, of batches, of a loop over
-    a dataset) pools every mean exactly; ``sum(collectors)`` works, and
-    ``jax.tree.map(jnp.zeros_like, losses)`` is where a ``scan`` starts.
+    It is immutable: every method returns a new collector. It is a pytree, whose leaves are totals
+    and counts and whose structure is the names, so it passes through ``jit``, ``grad``, ``scan``,
+    ``cond`` and ``vmap``, and into checkpoints. The sum of collectors (of microbatches, batches or
+    devices) has the exact mean of each loss over all of them; ``sum(collectors)`` works, and a
+    ``scan`` starts from ``jax.tree.map(jnp.zeros_like, losses)``.
 
-    A value is a scalar, an array of losses, all of which count, or a ``WeightedMean``. Only the
-    last has a count of its own: a scalar counts 1, so that the sum of collectors holds its mean. A
-    ``WeightedMean`` may have axes (the layers of a ``scan``): each element is a loss of its own,
-    and a total sums them.
+    The value of a loss is a scalar, an array of losses, all of which count, or a ``WeightedMean``,
+    which has a count of its own. A scalar counts 1, so that the sum of collectors has its mean. A
+    ``WeightedMean`` may have axes (the layers of a ``scan``): each element is then a loss of its
+    own, and the total loss is their sum.
 
     Example:
         >>> import jax.numpy as jnp
@@ -64,7 +67,7 @@ class LossCollector:
 
     @property
     def regularization_losses(self) -> Mapping[str, WeightedMean]:
-        """Those of the parameters."""
+        """The undivided means of the losses of parameters, by name."""
         return MappingProxyType(self._regularization_losses)
 
     def add_loss(self, name: str, value: ArrayLike | WeightedMean) -> LossCollector:
@@ -75,8 +78,8 @@ class LossCollector:
             value: A scalar, an array of losses, all of which count, or a ``WeightedMean``.
 
         Raises:
-            ValueError: if the name is taken, empty or ``"total_loss"``, or the value is no real
-                array.
+            ValueError: if the name is taken, empty or ``"total_loss"``, or the value is not a real
+                array or number.
 
         References:
             ``tf.contrib.losses.add_loss``, TensorFlow 1.15.
@@ -94,17 +97,18 @@ class LossCollector:
         return dataclasses.replace(self, _regularization_losses=losses)
 
     def regularize(self, params: Any, regularizers: Mapping[str, Regularizer]) -> LossCollector:
-        """This collector with a regularization loss for each pattern, under the pattern's name.
+        """This collector with one more regularization loss for each pattern, named by the pattern.
 
         Args:
             params: Any pytree of parameters (of linen, of nnx, of your own).
-            regularizers: For each regular expression, searched for in the "/"-joined path of every
-                floating-point parameter (``encoder/dense/kernel``), the function whose values for
-                the parameters found are summed. A parameter that two patterns find counts in both.
+            regularizers: A mapping from patterns to functions. A pattern is a regular expression
+                that is searched for in the path of every floating-point parameter, joined by "/"
+                (``encoder/dense/kernel``). The loss is the sum of the function's values for the
+                parameters found. A parameter that two patterns find counts in both losses.
 
         Raises:
-            ValueError: if a pattern is no regular expression, finds nothing or is a name already
-                taken, or a regularizer returns no scalar.
+            ValueError: if a pattern is not a regular expression, finds no parameter or is a name
+                already taken, or if a regularizer does not return a scalar.
 
         Example:
             >>> import jax.numpy as jnp
@@ -139,7 +143,7 @@ class LossCollector:
             scope: Keep the names that start with a match of this regular expression.
 
         Raises:
-            ValueError: if ``scope`` is no regular expression.
+            ValueError: if ``scope`` is not a regular expression.
 
         References:
             ``tf.contrib.losses.get_losses``, TensorFlow 1.15.
@@ -154,7 +158,7 @@ class LossCollector:
         """The sum of the values of all losses, float32 at least; 0 where there is none.
 
         Args:
-            add_regularization_losses: Whether the regularization is part of it.
+            add_regularization_losses: Whether the regularization losses are part of the sum.
 
         References:
             ``tf.contrib.losses.get_total_loss``, TensorFlow 1.15.
@@ -166,10 +170,10 @@ class LossCollector:
         return sum((jnp.sum(v.astype(dtype)) for v in values), jnp.zeros((), dtype))
 
     def merge(self, other: LossCollector) -> LossCollector:
-        """The means over what both have counted; ``losses + other`` is the same.
+        """The means over all losses that either has counted; ``losses + other`` is the same.
 
         Raises:
-            ValueError: if ``other`` is no ``LossCollector`` of the same names and shapes, saying
+            ValueError: if ``other`` is not a ``LossCollector`` of the same names and shapes, saying
                 which differ.
         """
         if not isinstance(other, LossCollector):
@@ -193,7 +197,7 @@ class LossCollector:
     __add__ = merge
 
     def __radd__(self, other: object) -> LossCollector:
-        # The start of the built-in sum().
+        # The built-in sum() starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def psum(self, axis_name: Hashable) -> LossCollector:
@@ -201,12 +205,12 @@ class LossCollector:
         return psum(self, axis_name)
 
     def to_dict(self) -> dict[str, Array]:
-        """Every value, and their sum as ``"total_loss"``, for loggers: all are scalars.
+        """Every value by name, and their sum as ``"total_loss"``, for loggers: all are scalars.
 
-        The elements of a loss with axes are ``name/0``, ``name/1``, ...
+        The elements of a loss with axes have the names ``name/0``, ``name/1``, ...
 
         Raises:
-            ValueError: if such an element has the name of another loss.
+            ValueError: if the name of such an element is also the name of another loss.
 
         Example:
             >>> import jaxlosses as jl
@@ -216,12 +220,12 @@ class LossCollector:
         flat = {TOTAL: self.get_total_loss()}
         for name, value, _ in _rows({**self._losses, **self._regularization_losses}, "/{}"):
             if name in flat:
-                raise ValueError(f"{name!r} is the name of two values")
+                raise ValueError(f"name {name!r} must not be the name of two values")
             flat[name] = value
         return flat
 
     def __str__(self) -> str:
-        """A table of current values: name, value, and how many losses counted."""
+        """A table of the values: name, value, and how many losses counted."""
         if not all(map(_is_concrete, (self._losses | self._regularization_losses).values())):
             return repr(self)
         lines = [("loss", "value", "count")]
@@ -245,19 +249,21 @@ class LossCollector:
     def _with(
         self, means: Mapping[str, WeightedMean], name: str, value: ArrayLike | WeightedMean
     ) -> dict[str, WeightedMean]:
+        """``means`` with one more, after a check of its name and value."""
         if not isinstance(name, str) or name in ("", TOTAL):
             raise ValueError(f"name must be a non-empty string other than {TOTAL!r}, got {name!r}")
         if name in self.losses or name in self.regularization_losses:
             raise ValueError(f"name {name!r} is taken; every loss needs a name of its own")
-        # Sorted as jit returns them, so that the structure does not depend on where it came from.
+        # In the order in which jit returns them: the structure of a pytree includes the order.
         return dict(sorted({**means, name: as_mean(name, value)}.items()))
 
 
 def as_mean(name: str, value: ArrayLike | WeightedMean) -> WeightedMean:
-    """A loss as an undivided mean: an array of losses all count, a scalar counts 1.
+    """A loss as an undivided mean: each loss of an array counts 1, and so does a scalar.
 
     Raises:
-        ValueError: naming the loss, if the value is no real array or its count has another shape.
+        ValueError: naming the loss, if the value is not a real array or number, or if the count of
+            a ``WeightedMean`` does not have the shape of its total.
     """
     if not isinstance(value, WeightedMean):
         losses = as_floats(**{name: value})
@@ -267,12 +273,16 @@ def as_mean(name: str, value: ArrayLike | WeightedMean) -> WeightedMean:
 
 
 def _values(means: Mapping[str, WeightedMean], scope: str | None) -> dict[str, Array]:
+    """The values of the means whose names start with a match of ``scope``."""
     match = as_pattern("scope", scope or "").match
     return {name: mean.value for name, mean in means.items() if match(name)}
 
 
 def _rows(means: Mapping[str, WeightedMean], index: str) -> Iterator[tuple[str, Array, Array]]:
-    """Name, value and count of every element; ``index`` formats the place of one of several."""
+    """Name, value and count of every element of every mean.
+
+    ``index`` is the format of what is added to the name for each element of a mean with axes.
+    """
     for name, mean in means.items():
         value, count = jnp.ravel(mean.value), jnp.ravel(mean.count)
         for i in range(value.size):
@@ -280,16 +290,18 @@ def _rows(means: Mapping[str, WeightedMean], index: str) -> Iterator[tuple[str, 
 
 
 def _line(name: str, value: Array, count: Array) -> tuple[str, str, str]:
+    """A line of the table, as texts."""
     return name, f"{float(value):.4g}", f"{float(count):,.0f}"
 
 
 def _is_concrete(mean: WeightedMean) -> bool:
-    """Whether it holds arrays with values, not traced, nor what tree functions put there."""
+    """Whether it holds arrays with values: no tracers, nor other leaves from ``jax.tree.map``."""
     parts = (mean.total, mean.count)
     return all(isinstance(x, Array | np.ndarray) and not isinstance(x, Tracer) for x in parts)
 
 
 def _show(mean: WeightedMean) -> str:
+    """The value as text, or dtype and shape, or whatever else the pytree holds."""
     if _is_concrete(mean):
         shown = ", ".join(f"{float(value):.4g}" for value in jnp.ravel(mean.value))
         return f"[{shown}]" if mean.value.ndim else shown

@@ -1,31 +1,34 @@
-"""The loss of a language model's last layer, from blocks of its logits."""
+"""The loss of a language model's last layer, without all of its logits in memory.
+
+A loss needs only a few statistics of a token's logits: the largest one, the logarithm of the sum of
+exponentials, the logit of the label, and where labels are smoothed, the mean. The statistics and
+both modes of their derivative are loops over the blocks of ``_blocks.py``::
+
+    for each block:
+        logits = hidden @ kernel + bias, for the tokens and the classes of the block
+        _statistics:       statistics  = those of the blocks before, joined with these logits
+        linear_jvp:        tangents of the statistics += tangents from these logits
+        linear_transpose:  gradients of hidden, kernel, bias += gradients through these logits
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 
-from jaxlosses._blocks import (
-    Block,
-    Blocks,
-    BlockSize,
-    Side,
-    choose_blocks,
-    matmul,
-    per_token,
-)
+from jaxlosses._blocks import BlockPlan, BlockSize, BlockSlice, Side, matmul, per_token, plan_blocks
 from jaxlosses._classification import class_losses
 from jaxlosses._kernel import reduce_losses
 from jaxlosses._labels import class_ids, nan_if_impossible, with_wide_labels
+from jaxlosses._primitive import define_primitive
 from jaxlosses._reduce import max_and_pick, sum_of
 from jaxlosses._typing import (
     AxisName,
@@ -61,31 +64,32 @@ def linear_softmax_cross_entropy(
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
 ) -> Result:
-    r"""``sparse_softmax_cross_entropy(hidden @ kernel + bias)`` whose logits never exist, in nats.
+    r"""``sparse_softmax_cross_entropy(hidden @ kernel + bias)`` from blocks of logits, in nats.
 
     $$l = \log \sum_c e^{x_c} - (1 - s)\, x_y - \frac{s}{C} \sum_c x_c
     + z \left(\log \sum_c e^{x_c}\right)^2, \quad x = a \tanh\frac{h K + b}{a}$$
 
-    Logits are computed block by block in float32 at least, and in the derivative again, for four
-    matrix products instead of three. Temporary memory is that of one block, and in float32 of the
-    gradient with respect to ``hidden``; the number of classes does not enter.
+    The logits are computed block by block, in float32 at least, and once more for the derivative,
+    so that a gradient takes four matrix products instead of three. Temporary memory holds one block
+    and, in float32, the gradient with respect to ``hidden``. It does not grow with the number of
+    classes.
 
-    Blocks are cut from the classes, or where these are sharded, from the tokens (then the float32
-    gradient is that of ``kernel``). An Explicit mesh shows how arrays are sharded, an Auto mesh
-    does not: where it has the classes sharded, ``block_size=(256, None)`` keeps the kernel from
-    being gathered.
+    A block is some of the classes or, where these are sharded, some of the tokens (then the float32
+    gradient in memory is that of ``kernel``). How an array is sharded is known on an Explicit mesh,
+    but not on an Auto mesh: if the classes are sharded there, pass ``block_size=(256, None)``, or
+    every device gathers the whole kernel.
 
     Args:
         hidden: Real numbers ``[batch, d1, ..., dN, features]``.
         kernel: Real numbers ``[features, classes]``.
-        labels: Integers ``[batch, d1, ..., dN]``, or with a last axis of one more.
+        labels: Integers ``[batch, d1, ..., dN]`` or ``[batch, d1, ..., dN, 1]``.
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
         bias: Real numbers ``[classes]``, the $b$ above.
         label_smoothing: The $s$ above, from 0 to 1.
         z_loss: The $z$ above, not negative; keeps the logits from drifting.
-        logit_soft_cap: The $a$ above, from 1e-30 to 1e30; logits stay within it.
+        logit_soft_cap: The $a$ above, from 1e-30 to 1e30; logits stay between $-a$ and $a$.
         ignore_index: Labels of this value have weight zero.
-        block_size: How many classes a block has, or ``(tokens, None)``, about how many tokens.
+        block_size: How many classes a block has, or ``(tokens, None)``: about how many tokens.
         reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
         axis_name: Mapped axes to reduce over as well.
 
@@ -115,8 +119,9 @@ def linear_softmax_cross_entropy(
     (hidden,), (kernel,) = as_floats(hidden=hidden), as_floats(kernel=kernel)
     if kernel.ndim != 2 or hidden.shape[-1:] != kernel.shape[:1] or kernel.shape[1] == 0:
         raise ValueError(
-            f"kernel must be [features, classes], the features those of the last axis of hidden, "
-            f"got kernel of shape {kernel.shape} and hidden of shape {hidden.shape}"
+            f"kernel must be [features, classes], with as many features as the last axis of hidden "
+            f"has and at least one class, got kernel of shape {kernel.shape} and hidden of shape "
+            f"{hidden.shape}"
         )
     classes = kernel.shape[1]
     (bias,) = as_floats(bias=jnp.zeros(classes, kernel.dtype) if bias is None else bias)
@@ -125,17 +130,17 @@ def linear_softmax_cross_entropy(
     check_number("label_smoothing", label_smoothing, 1)
     check_number("z_loss", z_loss)
     if logit_soft_cap is not None:
-        # A wider cap would round logits to nothing, and a narrower one has no inverse.
+        # Outside of these limits, logits divided by the cap would underflow or overflow.
         check_number("logit_soft_cap", logit_soft_cap, 1e30)
         if logit_soft_cap < 1e-30:
             raise ValueError(f"logit_soft_cap must be at least 1e-30, got {logit_soft_cap!r}")
     shape = (*hidden.shape[:-1], classes)
     labels, weights = class_ids(labels, weights, shape, ignore_index)
-    blocks = choose_blocks(hidden, kernel, block_size)
-    layer = _Layer(blocks, classes, logit_soft_cap, bool(label_smoothing))
-    counts = jnp.broadcast_to(weights.astype(bool), labels.shape)
+    plan = plan_blocks(hidden, kernel, block_size)
+    layer = _Layer(plan, classes, logit_soft_cap, bool(label_smoothing))
+    present = jnp.broadcast_to(weights.astype(bool), labels.shape)
     statistics = per_token(
-        functools.partial(_statistics, layer), hidden, kernel, bias, labels, counts
+        functools.partial(_statistics, layer), hidden, kernel, bias, labels, present
     )
 
     def formula(*inputs: Array) -> Array:
@@ -143,22 +148,38 @@ def linear_softmax_cross_entropy(
         losses = class_losses(*statistics, label_smoothing=label_smoothing, z_loss=z_loss)
         return nan_if_impossible(losses, y, classes)
 
-    # To the kernel these are inputs like any other: what is absent has no slope there.
+    # The statistics are inputs of the formula, so that derivatives at absent places are masked.
     inputs = [*statistics, labels]
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
 
+class _Residuals(NamedTuple):
+    """The arrays that the derivative of the statistics is computed from, beside the tangents."""
+
+    hidden: Array
+    kernel: Array
+    bias: Array
+    labels: Array
+    max_logit: Array
+    log_sum_exp_shifted: Array
+
+
+# The arrays that begin with the axes of the tokens.
+_TOKEN_ARRAYS = ("hidden", "labels", "max_logit", "log_sum_exp_shifted")
+_SIDES: dict[str, Side] = {"hidden": "tokens", "kernel": "classes", "bias": "classes"}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Layer:
-    """What of the last layer is fixed when it is compiled."""
+    """What of the last layer is fixed when the program is compiled."""
 
-    blocks: Blocks
+    plan: BlockPlan
     classes: int
-    cap: float | None
-    smooth: bool
+    soft_cap: float | None
+    label_smoothing: bool
 
-    def logits(self, block: Block, hidden: Array, kernel: Array, bias: Array) -> Array:
-        """A block of them, not capped yet."""
+    def logits(self, block: BlockSlice, hidden: Array, kernel: Array, bias: Array) -> Array:
+        """The logits of a block, before the soft cap."""
         x = matmul(
             block.take("tokens", hidden), block.take("classes", kernel), [hidden.ndim - 1], [0]
         )
@@ -166,200 +187,236 @@ class _Layer:
         return x + jnp.expand_dims(bias, range(x.ndim - 1))
 
     def capped(self, x: Array) -> Array:
-        return x if self.cap is None else self.cap * jnp.tanh(x / self.cap)
+        """Logits after the soft cap."""
+        return x if self.soft_cap is None else self.soft_cap * jnp.tanh(x / self.soft_cap)
 
-    def is_label(self, block: Block, x: Array, labels: Array) -> Array:
-        ids = block.places("classes", self.classes).astype(labels.dtype)
+    def is_label(self, block: BlockSlice, x: Array, labels: Array) -> Array:
+        """Which logits of a block are that of their token's label."""
+        ids = block.indices("classes", self.classes).astype(labels.dtype)
         return jnp.expand_dims(ids, range(x.ndim - 1)) == block.take("tokens", labels)[..., None]
 
-    def shares(
-        self, block: Block, labels: Array, top: Array, log_sum: Array, x: Array
-    ) -> list[Array]:
-        """A block's part of sums that have the derivatives of ``_statistics``.
+    def surrogates(self, block: BlockSlice, residuals: _Residuals, x: Array) -> list[Array]:
+        """Sums over the logits of a block that have the derivatives of the statistics.
 
-        Probabilities stand for the log-sum-exp, whose slopes they are.
+        For log-sum-exp it is the sum of ``exp(logit - log-sum-exp)``, with log-sum-exp held
+        constant. The derivative of either with respect to a logit is the softmax.
         """
-        top, log_sum = (block.take("tokens", a)[..., None] for a in (top, log_sum))
-        # Infinite is what stands for a token without use: not even a NaN in the kernel reaches it.
-        x = self.capped(jnp.where(jnp.isposinf(log_sum), 0, x))
-        hit = self.is_label(block, x, labels)
-        terms = [jnp.exp((x - top) - log_sum), jnp.where(hit, x, 0)]
-        terms += [x / self.classes] if self.smooth else []
+        max_logit = block.take("tokens", residuals.max_logit)[..., None]
+        log_sum_exp_shifted = block.take("tokens", residuals.log_sum_exp_shifted)[..., None]
+        # Infinity marks a masked token. Not even a NaN in the kernel may reach its derivative.
+        x = self.capped(jnp.where(jnp.isposinf(log_sum_exp_shifted), 0, x))
+        softmax = jnp.exp((x - max_logit) - log_sum_exp_shifted)
+        terms = [softmax, jnp.where(self.is_label(block, x, residuals.labels), x, 0)]
+        terms += [x / self.classes] if self.label_smoothing else []
         return [jnp.sum(term, -1) for term in terms]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _statistics(
-    layer: _Layer, hidden: Array, kernel: Array, bias: Array, labels: Array, counts: Array
+    layer: _Layer, hidden: Array, kernel: Array, bias: Array, labels: Array, present: Array
 ) -> list[Array]:
-    """What the loss of a token takes of its logits.
+    """The statistics of each token's logits, as :func:`class_losses` takes them.
 
-    The largest, and below it: the logarithm of the sum of exponentials, the logit at the label, and
-    where labels are smoothed, the mean logit. ``counts`` says which tokens do, to the derivative.
+    The largest logit, and relative to it: log-sum-exp, the logit of the label, and where labels are
+    smoothed, the mean logit. Which tokens are ``present`` matters to the derivative only.
     """
 
-    def step(block: Block, carry: list[Array]) -> list[Array]:
-        top, total, at_label, *mean = (block.take("tokens", c) for c in carry)
+    def step(block: BlockSlice, carry: list[Array]) -> list[Array]:
+        max_before, sum_exp, label_logit, *mean = (block.take("tokens", c) for c in carry)
         x = layer.capped(layer.logits(block, hidden, kernel, bias))
-        largest, picked = max_and_pick(x, layer.is_label(block, x, labels))
-        largest = jnp.maximum(top, largest)
-        # A block, and all before it, can be ruled out: nothing but minus infinity.
-        before, shift = (jnp.where(jnp.isneginf(t), 0, t) for t in (top, largest))
-        below = x - shift[..., None]
-        total = total * jnp.exp(top - shift) + sum_of(jnp.exp(below), x.ndim - 1)
+        block_max, picked = max_and_pick(x, layer.is_label(block, x, labels))
+        max_logit = jnp.maximum(max_before, block_max)
+        # Where all logits so far are minus infinity, to subtract their maximum would give NaN.
+        shift_before, shift = (jnp.where(jnp.isneginf(m), 0, m) for m in (max_before, max_logit))
+        shifted = x - shift[..., None]
+        sum_exp = sum_exp * jnp.exp(max_before - shift) + sum_of(jnp.exp(shifted), x.ndim - 1)
         if mean:
-            seen = jnp.asarray(block.places("classes", 1)[0], x.dtype)
-            moved = (before - shift) * (seen / layer.classes)
-            mean = [mean[0] + moved + sum_of(below, x.ndim - 1) / layer.classes]
-        parts = [largest, total, at_label + picked, *mean]
+            # The mean so far is relative to the maximum of the blocks before.
+            num_before = jnp.asarray(block.indices("classes", 1)[0], x.dtype)
+            correction = (shift_before - shift) * (num_before / layer.classes)
+            mean = [mean[0] + correction + sum_of(shifted, x.ndim - 1) / layer.classes]
+        parts = [max_logit, sum_exp, label_logit + picked, *mean]
         return [block.put("tokens", c, p) for c, p in zip(carry, parts, strict=True)]
 
     zeros = jnp.sum(jnp.zeros_like(hidden, precision(hidden, kernel, bias)), -1)
-    carry = [zeros - jnp.inf, *[zeros] * (3 if layer.smooth else 2)]
-    top, total, at_label, *mean = layer.blocks.fold(step, carry)
-    # Under vmap, JAX wants values mapped over whatever their derivatives are, as counts may be.
-    return [jnp.where(counts, s, s) for s in (top, jnp.log(total), at_label - top, *mean)]
+    carry = [zeros - jnp.inf, *[zeros] * (3 if layer.label_smoothing else 2)]
+    max_logit, sum_exp, label_logit, *mean = layer.plan.loop(step, carry)
+    statistics = [max_logit, jnp.log(sum_exp), label_logit - max_logit, *mean]
+    # JAX's vmap asks that values are mapped over every axis over which their derivatives are. The
+    # derivatives use the mask, so the values are made to depend on it too.
+    return [jnp.where(present, s, s) for s in statistics]
 
 
 def _statistics_jvp(layer: _Layer, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    hidden, kernel, bias, labels, counts = primals
-    top, log_sum, *_ = statistics = _statistics(layer, *primals)
-    moves = {i: tangents[i] for i in range(3) if not isinstance(tangents[i], SymbolicZero)}
-    if not moves:
+    hidden, kernel, bias, labels, present = primals
+    statistics = _statistics(layer, *primals)
+    max_logit, log_sum_exp_shifted, *_ = statistics
+    input_tangents = {
+        name: tangent
+        for name, tangent in zip(_SIDES, tangents[:3], strict=True)
+        if not isinstance(tangent, SymbolicZero)
+    }
+    if not input_tangents:
         return statistics, [jnp.zeros_like(s) for s in statistics]
-    # A token that is absent and has no finite logits, or would have none to a derivative, is 0.
-    finite = jnp.isfinite(jnp.sum(jnp.square(hidden.astype(top.dtype)), -1)) & jnp.isfinite(log_sum)
-    usable = counts | finite
-    hidden = jnp.where(usable[..., None], hidden, jnp.zeros_like(hidden))
-    if 0 in moves:
-        moves[0] = jnp.where(usable[..., None], moves[0], jnp.zeros_like(moves[0]))
-    residuals = [hidden, kernel, bias, labels]
-    residuals += [jnp.where(usable, top, 0), jnp.where(usable, log_sum, jnp.inf)]
-    moved = _push.bind(*residuals, *moves.values(), layer=layer, moved=tuple(moves), batches=())
-    return statistics, [jnp.zeros_like(top), *moved]
+    # An absent token is masked if its logits or their derivatives would not be finite.
+    finite = jnp.isfinite(jnp.sum(jnp.square(hidden.astype(max_logit.dtype)), -1))
+    usable = present | (finite & jnp.isfinite(log_sum_exp_shifted))
+
+    def mask(x: Array) -> Array:
+        return jnp.where(usable[..., None], x, jnp.zeros_like(x))
+
+    if "hidden" in input_tangents:
+        input_tangents["hidden"] = mask(input_tangents["hidden"])
+    residuals = _Residuals(
+        mask(hidden),
+        kernel,
+        bias,
+        labels,
+        jnp.where(usable, max_logit, 0),
+        jnp.where(usable, log_sum_exp_shifted, jnp.inf),
+    )
+    results = _linear_jvp_p.bind(
+        *residuals, *input_tangents.values(), layer=layer, wrt=tuple(input_tangents), batches=()
+    )
+    return statistics, [jnp.zeros_like(max_logit), *results]
 
 
 _statistics.defjvp(_statistics_jvp, symbolic_zeros=True)
 
 
-def _push_forward(*arguments: Array, layer: _Layer, moved: Any, batches: Any) -> list[Array]:
-    """How log-sum-exp, label's logit and mean logit move with what they are computed from.
+def linear_jvp(*arrays: Array, layer: _Layer, wrt: tuple[str, ...], batches: Any) -> list[Array]:
+    """The tangents of the statistics but the largest logit, whose derivative is taken as 0.
 
     Args:
-        arguments: Six that it is not linear in, and the moves of some of the first three.
+        arrays: The residuals, and a tangent for each name in ``wrt``.
         layer: The last layer.
-        moved: Which of them.
-        batches: For each axis that is mapped over beside the tokens, where arguments have it.
+        wrt: Which of hidden, kernel and bias have a tangent.
+        batches: The axis of each array under ``vmap``, once for each ``vmap`` that added more than
+            an axis of tokens.
     """
     if batches:
         axes, *rest = batches
-        push = functools.partial(_push_forward, layer=layer, moved=moved, batches=rest)
-        return jax.vmap(push, axes)(*arguments)
-    *layer_inputs, labels, top, log_sum = arguments[:6]
+        jvp = functools.partial(linear_jvp, layer=layer, wrt=wrt, batches=rest)
+        return jax.vmap(jvp, axes)(*arrays)
+    residuals, tangents = _by_name(arrays, wrt)
+    points = {name: getattr(residuals, name) for name in wrt}
 
-    def step(block: Block, carry: list[Array]) -> list[Array]:
-        def shares(*points: Array) -> list[Array]:
-            inputs = dict(enumerate(layer_inputs)) | dict(zip(moved, points, strict=True))
-            x = layer.logits(block, *inputs.values())
-            return layer.shares(block, labels, top, log_sum, x)
+    def step(block: BlockSlice, carry: list[Array]) -> list[Array]:
+        def surrogates(points: dict[str, Array]) -> list[Array]:
+            hidden, kernel, bias, *_ = residuals._replace(**points)
+            return layer.surrogates(block, residuals, layer.logits(block, hidden, kernel, bias))
 
-        _, parts = jax.jvp(shares, [arguments[i] for i in moved], list(arguments[6:]))
+        _, parts = jax.jvp(surrogates, (points,), (tangents,))
         return [block.add("tokens", c, p) for c, p in zip(carry, parts, strict=True)]
 
-    return layer.blocks.fold(step, [jnp.zeros_like(top)] * (3 if layer.smooth else 2))
+    zeros = jnp.zeros_like(residuals.max_logit)
+    return layer.plan.loop(step, [zeros] * (3 if layer.label_smoothing else 2))
 
 
-def _pull_back(*arguments: Array, layer: _Layer, moved: Any, batches: Any) -> list[Array]:
-    """The transpose of ``_push_forward``, of six arguments and the cotangents."""
+def linear_transpose(
+    residuals: _Residuals,
+    cotangents: list[Array],
+    *,
+    layer: _Layer,
+    wrt: tuple[str, ...],
+    batches: Any,
+) -> list[Array]:
+    """The transpose of :func:`linear_jvp`: the cotangents of its tangents, from its results'."""
     if batches:
         axes, *rest = batches
-        pull = functools.partial(_pull_back, layer=layer, moved=moved, batches=rest)
-        of_cotangents = (0,) * (len(arguments) - 6)
-        parts = jax.vmap(pull, (*axes[:6], *of_cotangents))(*arguments)
+        residual_axes, tangent_axes = _by_name(axes, wrt)
+        transpose = functools.partial(linear_transpose, layer=layer, wrt=wrt, batches=rest)
+        gradients = jax.vmap(transpose, (residual_axes, 0))(residuals, cotangents)
         return [
-            jnp.sum(p, 0) if axis is None else jnp.moveaxis(p, 0, axis)
-            for p, axis in zip(parts, axes[6:], strict=True)
+            jnp.sum(g, 0) if axis is None else jnp.moveaxis(g, 0, axis)
+            for g, axis in zip(gradients, tangent_axes.values(), strict=True)
         ]
-    (hidden, kernel, bias, labels, top, log_sum), cotangents = arguments[:6], arguments[6:]
-    sides: tuple[Side, ...] = ("tokens", "classes", "classes")
-    # A CPU multiplies rows by columns faster than columns by columns: turned once, not each time.
-    turned = jnp.moveaxis(hidden, -1, 0)
+    hidden, kernel, bias, *_ = residuals
+    cut_side = layer.plan.side
+    # A CPU multiplies rows by columns faster than columns by columns. Transposed once, before the
+    # loop, and not in every block.
+    hidden_transposed = jnp.moveaxis(hidden, -1, 0)
 
-    def step(block: Block, sums: list[Array]) -> list[Array]:
+    def step(block: BlockSlice, carry: list[Array]) -> list[Array]:
         x = layer.logits(block, hidden, kernel, bias)
-        _, pull = jax.vjp(functools.partial(layer.shares, block, labels, top, log_sum), x)
-        (dx,) = pull([block.take("tokens", c) for c in cotangents])
-        tokens = list(range(dx.ndim - 1))
+        _, pullback = jax.vjp(functools.partial(layer.surrogates, block, residuals), x)
+        (cotangent,) = pullback([block.take("tokens", c) for c in cotangents])
+        tokens = list(range(cotangent.ndim - 1))
         h, k = block.take("tokens", hidden), block.take("classes", kernel)
 
-        def products(dx: Array) -> list[Array]:
-            of_hidden = matmul(dx, k, [dx.ndim - 1], [1])
-            if layer.blocks.side == "classes":
-                return [of_hidden, matmul(turned, dx, [t + 1 for t in tokens], tokens)]
-            return [of_hidden, matmul(h, dx, tokens, tokens)]
+        def products(cotangent: Array) -> dict[str, Array]:
+            of_hidden = matmul(cotangent, k, [cotangent.ndim - 1], [1])
+            if cut_side == "classes":
+                of_kernel = matmul(hidden_transposed, cotangent, [t + 1 for t in tokens], tokens)
+            else:
+                of_kernel = matmul(h, cotangent, tokens, tokens)
+            return {"hidden": of_hidden, "kernel": of_kernel}
 
-        def narrow_products(dx: Array) -> list[Array]:
-            return products(dx.astype(jnp.bfloat16))
+        def bfloat16_products(cotangent: Array) -> dict[str, Array]:
+            return products(cotangent.astype(jnp.bfloat16))
 
-        # Not on a CPU, which gains nothing by it, and has no bfloat16 product of some shapes.
-        # Not to float16 either: slopes are as small as a probability over a count.
+        # Not on a CPU, which gains nothing by it, and where XLA lacks this product for some shapes.
+        # Not in float16 either: a probability divided by a count would underflow.
         if h.dtype == k.dtype == jnp.bfloat16:
-            parts = lax.platform_dependent(dx, cpu=products, default=narrow_products)
+            parts = lax.platform_dependent(cotangent, cpu=products, default=bfloat16_products)
         else:
-            parts = products(dx)
-        parts = [*parts, jnp.sum(dx, tokens)]
-        return [block.add(sides[i], s, parts[i]) for i, s in zip(moved, sums, strict=True)]
+            parts = products(cotangent)
+        parts["bias"] = jnp.sum(cotangent, tokens)
+        return [block.add(_SIDES[n], c, parts[n]) for n, c in zip(wrt, carry, strict=True)]
 
-    # What is added to from block to block is exact until the end.
-    inputs = [arguments[i] for i in moved]
-    cut = [sides[i] == layer.blocks.side for i in moved]
-    sums = [
-        jnp.zeros_like(a, a.dtype if c else top.dtype) for a, c in zip(inputs, cut, strict=True)
+    inputs = {name: getattr(residuals, name) for name in wrt}
+    # Accumulate in float32; cast once at the end. On the side that is cut nothing accumulates: each
+    # block has its own part.
+    wide = residuals.max_logit.dtype
+    carry = [
+        jnp.zeros_like(x, x.dtype if _SIDES[name] == cut_side else wide)
+        for name, x in inputs.items()
     ]
-    sums = layer.blocks.fold(step, sums)
-    return [s.astype(a.dtype) for s, a in zip(sums, inputs, strict=True)]
+    gradients = layer.plan.loop(step, carry)
+    return [g.astype(x.dtype) for g, x in zip(gradients, inputs.values(), strict=True)]
 
 
-def _push_batch(arguments: Any, axes: Any, *, layer: _Layer, moved: Any, batches: Any) -> Any:
-    """Another axis of tokens, if it is one of tokens alone, as for a batch of examples."""
-    of_tokens = {0, 3, 4, 5, *(6 + n for n, i in enumerate(moved) if i == 0)}
-    if batches or any(axis is not None for i, axis in enumerate(axes) if i not in of_tokens):
+def _by_name(arrays: Any, wrt: tuple[str, ...]) -> tuple[_Residuals, dict[str, Any]]:
+    """The primitive's arrays, or their axes under ``vmap``, as residuals and tangents."""
+    count = len(_Residuals._fields)
+    return _Residuals(*arrays[:count]), dict(zip(wrt, arrays[count:], strict=True))
+
+
+def _linear_jvp_batch(
+    arrays: Any, axes: Any, *, layer: _Layer, wrt: tuple[str, ...], batches: Any
+) -> Any:
+    """Under ``vmap``: one more axis of tokens, if only arrays of tokens have it."""
+    of_tokens = [name in _TOKEN_ARRAYS for name in (*_Residuals._fields, *wrt)]
+    triples = list(zip(arrays, axes, of_tokens, strict=True))
+    if batches or any(axis is not None and not tokens for _, axis, tokens in triples):
         batches = (tuple(axes), *batches)
     else:
-        size = next(a.shape[d] for a, d in zip(arguments, axes, strict=True) if d is not None)
-        arguments = [
-            batching.bdim_at_front(a, axis, size) if i in of_tokens else a
-            for i, (a, axis) in enumerate(zip(arguments, axes, strict=True))
-        ]
-        layer = dataclasses.replace(layer, blocks=layer.blocks.with_batch_axis())
-    moves = _push.bind(*arguments, layer=layer, moved=moved, batches=batches)
-    return moves, (0,) * len(moves)
+        size = next(a.shape[axis] for a, axis, _ in triples if axis is not None)
+        arrays = [batching.bdim_at_front(a, axis, size) if t else a for a, axis, t in triples]
+        layer = dataclasses.replace(layer, plan=layer.plan.with_batch_axis())
+    results = _linear_jvp_p.bind(*arrays, layer=layer, wrt=wrt, batches=batches)
+    return results, (0,) * len(results)
 
 
-def _push_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+def _linear_jvp_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+    """For second derivatives: JAX differentiates :func:`linear_jvp` as it is."""
     tangents = [
         ad.instantiate_zeros(t) if is_float(p) else np.zeros(p.shape, jax.dtypes.float0)
         for p, t in zip(primals, tangents, strict=True)
     ]
-    return jax.jvp(functools.partial(_push_forward, **params), list(primals), tangents)
+    return jax.jvp(functools.partial(linear_jvp, **params), list(primals), tangents)
 
 
-def _push_transpose(cotangents: Any, *arguments: Any, **params: Any) -> list[Any]:
+def _linear_jvp_transpose(cotangents: Any, *arrays: Any, wrt: Any, **params: Any) -> list[Any]:
+    residuals, _ = _by_name(arrays, wrt)
     cotangents = [ad.instantiate_zeros(c) for c in cotangents]
-    return [None] * 6 + _pull_back(*arguments[:6], *cotangents, **params)
+    return [None] * len(residuals) + linear_transpose(residuals, cotangents, wrt=wrt, **params)
 
 
-# The derivative is linear, and its transpose is written out: JAX would add a gradient as large as
-# the kernel for every block, and multiply float32 by bfloat16.
-_push = Primitive("push_logit_statistics")
-_push.multiple_results = True
-_push.def_impl(_push_forward)
-_push.def_abstract_eval(
-    lambda *avals, **params: (
-        jax.make_jaxpr(functools.partial(_push_forward, **params))(*avals).out_avals
-    )
-)
-mlir.register_lowering(_push, mlir.lower_fun(_push_forward, multiple_results=True))
-batching.primitive_batchers[_push] = _push_batch
-ad.primitive_jvps[_push] = _push_jvp
-ad.primitive_transposes[_push] = _push_transpose
+# JAX's own transpose of the loop would add a gradient as large as the kernel for every block, so
+# the transpose is written by hand. That takes a primitive, because ``jax.custom_vjp`` gives no
+# forward mode and ``jax.custom_derivatives.linear_call`` has no batching rule.
+_linear_jvp_p = define_primitive("linear_jvp", linear_jvp)
+batching.primitive_batchers[_linear_jvp_p] = _linear_jvp_batch
+ad.primitive_jvps[_linear_jvp_p] = _linear_jvp_jvp
+ad.primitive_transposes[_linear_jvp_p] = _linear_jvp_transpose

@@ -1,4 +1,4 @@
-"""A mean that is not divided yet."""
+"""A mean kept as a total and a count, which is divided only when its value is needed."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ class WeightedMean:
 
     $$\text{value} = \text{total} / \text{count},\quad 0 \text{ where } \text{count} = 0$$
 
-    Means of microbatches, of a ragged last batch, of devices and of hosts are not the mean of
-    their means; the mean of the whole is the sum of totals over the sum of counts. Every loss
-    returns this with ``reduction="parts"``. It is a pytree, so it passes through ``jit``,
-    ``scan``, ``vmap`` and ``grad``. Sums have the precision of their dtype: a float32 that grows by
-    small steps past $2^{24}$ loses them, so add up millions of batches in groups.
+    The mean of a whole dataset is not the mean of the means of its batches, if these count
+    different numbers of losses. It is the sum of totals divided by the sum of counts. The same
+    holds for microbatches, devices and hosts. Every loss returns this class with
+    ``reduction="parts"``. It is a pytree, so it passes through ``jit``, ``scan``, ``vmap`` and
+    ``grad``. Sums have the precision of their dtype: past $2^{24}$, a float32 loses small numbers
+    that are added to it, so add up millions of batches in groups.
 
     Attributes:
         total: Sum of the weighted losses; any floating-point array, usually a scalar.
-        count: How many losses counted (those whose weight is not zero), of ``total``'s shape.
+        count: How many losses counted (those whose weight is not zero), of the same shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -68,7 +69,7 @@ class WeightedMean:
     __add__ = merge
 
     def __radd__(self, other: object) -> WeightedMean:
-        # The start of the built-in sum().
+        # The built-in sum() starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def psum(self, axis_name: Hashable) -> WeightedMean:
@@ -88,14 +89,14 @@ def divide(total: ArrayLike, count: ArrayLike) -> Array:
 
 
 def widen(x: ArrayLike) -> Array:
-    """``x`` in a precision in which means add up: float64 as it is, all else as float32."""
+    """``x`` in a precision in which sums are accurate: float64 as it is, all else as float32."""
     x = jnp.asarray(x)
     return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def psum(tree: T, axis_name: Hashable) -> T:
-    """``jax.lax.psum`` leaf by leaf: some leaves (counts) have no derivative.
+    """``jax.lax.psum`` of each leaf on its own; XLA makes one collective of them.
 
-    JAX 0.8 cannot transpose a sum of such a mixture; XLA makes one collective of it all the same.
+    JAX 0.8 cannot transpose one ``psum`` of leaves of which some (counts) have no derivative.
     """
     return jax.tree.map(lambda leaf: jax.lax.psum(leaf, axis_name), tree)

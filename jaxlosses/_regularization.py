@@ -1,4 +1,4 @@
-"""Losses of parameters, and how parameters are named."""
+"""Regularization losses, which depend on parameters only, and finding parameters by their paths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Regularizer: TypeAlias = Callable[[ArrayLike], Array]
 
 
 def l1_regularizer(scale: float) -> Regularizer:
-    r"""A function that charges one parameter array for its absolute values.
+    r"""A function that returns the L1 loss of one array of parameters.
 
     $$\text{scale} \cdot \sum_i |w_i|$$
 
@@ -28,8 +28,8 @@ def l1_regularizer(scale: float) -> Regularizer:
         scale: The factor, not negative.
 
     Returns:
-        A function of one array of any shape that returns a scalar, float32 at least; its slope at
-        0 is 0.
+        A function of one array of any shape that returns a scalar, float32 at least. Its gradient
+        at 0 is 0.
 
     Raises:
         ValueError: if ``scale`` is negative.
@@ -48,12 +48,12 @@ def l1_regularizer(scale: float) -> Regularizer:
 
 
 def l2_regularizer(scale: float) -> Regularizer:
-    r"""A function that charges one parameter array for its squares.
+    r"""A function that returns the L2 loss of one array of parameters.
 
     $$\frac{\text{scale}}{2} \sum_i w_i^2$$
 
     Args:
-        scale: The factor, not negative; the slope of the loss is ``scale * w``.
+        scale: The factor, not negative; the gradient of the loss is ``scale * w``.
 
     Returns:
         A function of one array of any shape that returns a scalar, float32 at least.
@@ -75,15 +75,15 @@ def l2_regularizer(scale: float) -> Regularizer:
 
 
 def matching_parameters(params: Any, pattern: str) -> list[Array]:
-    """The floating-point leaves of a pytree whose "/"-joined path the pattern is found in.
+    """The floating-point leaves of a pytree in whose path, joined by "/", the pattern is found.
 
     Raises:
-        ValueError: if the pattern is no regular expression, or matches none of them.
+        ValueError: if the pattern is not a regular expression, or is found in no path.
     """
     search = as_pattern("pattern", pattern).search
     named, seen = [], set()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable):
-        # An nnx module that two others share holds one parameter, whatever its paths.
+        # A variable of nnx has several paths if modules share it, but is one parameter.
         if _is_variable(leaf):
             if id(leaf) in seen:
                 continue
@@ -94,13 +94,14 @@ def matching_parameters(params: Any, pattern: str) -> list[Array]:
     matched = [leaf for path, leaf in named if search(path)]
     if not matched:
         raise ValueError(
-            f"pattern {pattern!r} matches no parameter; there are {[path for path, _ in named]}"
+            f"pattern {pattern!r} matches no parameter; the parameters are "
+            f"{[path for path, _ in named]}"
         )
     return matched
 
 
 def as_pattern(name: str, pattern: str) -> re.Pattern[str]:
-    """A compiled regular expression; ``ValueError`` naming the argument if it is none."""
+    """A compiled regular expression; ``ValueError`` naming the argument if it is not one."""
     try:
         return re.compile(pattern)
     except (re.error, TypeError) as error:
@@ -110,18 +111,21 @@ def as_pattern(name: str, pattern: str) -> re.Pattern[str]:
 
 
 def _is_variable(x: Any) -> bool:
-    return hasattr(x, "get_value")  # Of nnx, which only jaxlosses.flax may import.
+    """Whether it is a variable of nnx; only ``jaxlosses.flax`` may import its class."""
+    return hasattr(x, "get_value")
 
 
 def _path_of(path: tuple[Any, ...]) -> str:
-    # Linen's boxes of metadata hold their array as an attribute "value".
+    """A leaf's path, joined by "/"."""
+    # Linen wraps an array with metadata in a box, whose attribute "value" is the array.
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _check_scale(scale: float) -> None:
-    # A scale may be traced (a schedule): then there is no value to check.
+    """``ValueError`` if ``scale`` is not a number that can be a factor."""
+    # A scale may be traced (it may follow a schedule), and then has no value to check.
     if not isinstance(scale, Tracer):
         is_array = isinstance(scale, Array | np.ndarray) and scale.ndim == 0
         check_number("scale", float(scale) if is_array else scale)

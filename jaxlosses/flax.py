@@ -1,9 +1,9 @@
-"""Losses sown inside of Flax modules, linen's and nnx's; the only room that imports Flax.
+"""Losses of Flax modules, of linen and of nnx. No other file of the package imports Flax.
 
-A module says :func:`sow_loss` where it knows a loss, and whoever trains it says :func:`collect` or
-:func:`capture`. Every time that a loss is sown counts as a loss of its own: in a module that is
-called twice, in a layer of a ``scan``, in an example of a ``vmap``. The losses that one call of
-``sow_loss`` left stand under one name, one element for each time, and a total sums them.
+A module calls :func:`sow_loss` where it knows a loss, and the training step calls :func:`collect`
+or :func:`capture`. A loss may be sown several times: in a module that is called twice, for each
+layer of a ``scan``, for each example of a ``vmap``. Each time is a loss of its own: they are
+collected under one name, as the elements of an array, and the total loss is their sum.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from jaxlosses._mean import WeightedMean
 
 
 class Loss(nnx.Variable):
-    """The nnx variable that :func:`sow_loss` leaves."""
+    """The nnx variable in which :func:`sow_loss` leaves a loss."""
 
 
 class RegularizationLoss(nnx.Variable):
-    """The nnx variable that ``sow_loss(..., regularization=True)`` leaves."""
+    """The nnx variable in which ``sow_loss(..., regularization=True)`` leaves a loss."""
 
 
-# Collections of linen and variables of nnx; False and True as in the argument regularization.
+# Collections of linen and variables of nnx, by the argument regularization of sow_loss.
 _COLLECTIONS = {False: "losses", True: "regularization_losses"}
 _VARIABLES: dict[bool, type[nnx.Variable]] = {False: Loss, True: RegularizationLoss}
 
@@ -48,20 +48,20 @@ def sow_loss(
 ) -> None:
     """Leave a loss in the state of a module, from within one of its methods.
 
-    linen: in the collection ``losses`` (or ``regularization_losses``), where it is mutable and not
-    in ``init``; a loss of an earlier call that is still in the variables is replaced, not added to.
-    nnx: within :func:`capture`. Elsewhere nothing happens.
+    In linen the loss is put into the collection ``losses`` or ``regularization_losses``, if that
+    is mutable and this is not ``init``. It replaces a loss of an earlier ``apply`` that is still in
+    the variables. In nnx the loss is kept within :func:`capture`. Elsewhere nothing happens.
 
     Args:
         module: The module, of linen or of nnx.
-        name: The name of the loss within the module, without ``/``; no attribute or submodule has
-            it.
+        name: The name of the loss within the module, without ``/``. It must not be the name of an
+            attribute or submodule.
         value: A scalar, an array of losses, all of which count, or a ``WeightedMean``.
         regularization: Whether it is a loss of the parameters.
 
     Raises:
-        ValueError: if ``module`` is no Flax module, the name has a ``/`` or is taken by something
-            else, or the value is no real array.
+        ValueError: if ``module`` is not a Flax module, the name is empty, has a ``/`` or is taken,
+            or the value is not a real array or number.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -86,10 +86,12 @@ def sow_loss(
     elif isinstance(module, nnx.Module):
         variable, captures = _VARIABLES[regularization], getattr(module, "__captures__", None)
         others = (sown for sown in captures or () if type(sown) is not variable)
-        # Flax would let one of the two overwrite the other.
+        # Flax would overwrite what has the name already.
         if hasattr(module, name) or any(name in sown for sown in others):
-            raise ValueError(f"name {name!r} is taken by something else of {type(module).__name__}")
-        if captures is not None:  # Outside of a capture, Flax would warn.
+            raise ValueError(
+                f"name {name!r} is taken by another attribute or loss of {type(module).__name__}"
+            )
+        if captures is not None:  # Outside of a capture, Flax's sow would warn.
             module.sow(variable, name, mean, reduce_fn=_Sown.add, init_fn=_Sown)
     else:
         raise ValueError(f"module must be a Flax module, got {type(module).__name__}")
@@ -99,13 +101,15 @@ def collect(state: Any, *, expected: Any = None) -> LossCollector:
     """The losses that modules have sown, named by module path: ``encoder/layer_0/load_balance``.
 
     Args:
-        state: linen: the mutated variables that ``apply`` returns. nnx: what ``nnx.capture`` with
-            :class:`Loss` and :class:`RegularizationLoss` returns, merged if it is two states.
-        expected: Names that must be there, so that no loss goes missing in silence.
+        state: In linen, the mutated variables that ``apply`` returns. In nnx, the state that
+            ``nnx.capture`` with :class:`Loss` and :class:`RegularizationLoss` returns; if it
+            returns two states, merge them.
+        expected: Names of losses that must have been sown. Flax drops the losses of a ``scan`` or
+            ``vmap`` that does not declare them, without an error; this makes it one.
 
     Raises:
-        ValueError: if ``state`` is no state, or an expected name is missing, saying which and what
-            to check.
+        ValueError: if ``state`` is not such a state, or if an expected loss is missing, saying
+            which one and what to check.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -123,14 +127,16 @@ def collect(state: Any, *, expected: Any = None) -> LossCollector:
 
 
 def _check_expected(expected: Any) -> tuple[str, ...]:
+    """The expected names as a tuple, also if they came from an iterator."""
     if isinstance(expected, str) or not isinstance(expected, Iterable | type(None)):
-        raise ValueError(f"expected must be names, got {expected!r}")
+        raise ValueError(f"expected must be names, such as a list of strings, got {expected!r}")
     return tuple(expected or ())
 
 
 def _collect(
     sown_losses: Iterable[tuple[bool, str, Any]], expected: tuple[str, ...]
 ) -> LossCollector:
+    """A collector of what :func:`_sown_in` found, if all expected names are among it."""
     collector = LossCollector()
     for regularization, name, sown in sown_losses:
         add = collector.add_regularization_loss if regularization else collector.add_loss
@@ -141,8 +147,8 @@ def _collect(
         raise ValueError(
             f"expected losses {missing} were not sown, only {sorted(names)}. In linen, are "
             f"'losses' and 'regularization_losses' in `mutable` of apply, and in `variable_axes` "
-            f"of every nn.scan and nn.vmap? Did sow_loss run, outside of init? In nnx, was the "
-            f"module called within capture?"
+            f"of every nn.scan and nn.vmap? Was sow_loss called, and not only in init? In nnx, was "
+            f"the module called within capture?"
         )
     return collector
 
@@ -151,18 +157,19 @@ def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., An
     """Run a function and collect the losses that its module sows.
 
     Args:
-        fn: An nnx module, a method of one, or a function of nnx modules, among other arguments
-            (the names of several begin with their place); or the method ``apply`` of a linen
-            module, whose collections of losses need no ``mutable`` and start empty.
+        fn: An nnx module, a method of one, or a function that has nnx modules among its arguments
+            (if there are several, names begin with the module's number: ``0/layer/loss``). Or the
+            method ``apply`` of a linen module; then the collections of losses are made mutable and
+            start empty.
         expected: As in :func:`collect`.
 
     Returns:
-        A function of the same arguments that returns ``(fn(*args), LossCollector)``. When ``fn``
-        raises, nothing stays behind on the modules.
+        A function of the same arguments that returns ``(fn(*args), LossCollector)``. If ``fn``
+        raises an error, it leaves nothing on the modules.
 
     Raises:
-        ValueError: if there is no module to collect from, if one is within a capture already, or
-            as :func:`collect`.
+        ValueError: if there is no module to collect from, if a module is within a capture already,
+            or as :func:`collect`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -179,7 +186,7 @@ def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., An
     expected = _check_expected(expected)
     owner = fn if isinstance(fn, nnx.Module) else getattr(fn, "__self__", None)
 
-    @functools.wraps(fn, updated=())  # Not the attributes of a module.
+    @functools.wraps(fn, updated=())  # Do not copy the attributes of a module.
     def captured(*args: Any, **kwargs: Any) -> tuple[Any, LossCollector]:
         if isinstance(owner, nn.Module):
             result, *states = _apply(fn, *args, **kwargs)
@@ -195,18 +202,22 @@ def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., An
 def _apply(
     apply: Callable[..., Any], variables: Any, *args: Any, mutable: Any = False, **kwargs: Any
 ) -> tuple[Any, Any]:
-    """The result as without capture, and the variables that hold the losses."""
+    """What ``apply`` returns without capture, and the variables that hold the losses."""
     if apply.__name__ != "apply":
         raise ValueError(f"fn of a linen module must be its apply, got {apply.__name__}")
-    ours = union_filters(mutable, list(_COLLECTIONS.values()))
+    all_mutable = union_filters(mutable, list(_COLLECTIONS.values()))
     variables = {k: v for k, v in variables.items() if k not in _COLLECTIONS.values()}
-    result, state = apply(variables, *args, mutable=ours, **kwargs)
+    result, state = apply(variables, *args, mutable=all_mutable, **kwargs)
     others = {k: v for k, v in state.items() if k not in _COLLECTIONS.values()}
     return (result if mutable is False else (result, others)), state
 
 
 def _capture(modules: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """``nnx.capture`` that leaves nothing on the modules and loses no outer capture."""
+    """``nnx.capture``, with a check before it and a clean-up after it.
+
+    A second capture within a first one would drop the losses of the first, so it is refused. An
+    error in ``fn`` would leave attributes on the modules, so these are removed.
+    """
     if not modules:
         raise ValueError(
             "fn must be an nnx module, a method of one, a function of nnx modules, or the apply "
@@ -215,8 +226,8 @@ def _capture(modules: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
     for _, module in nnx.iter_modules(modules):
         if hasattr(module, "__captures__"):
             raise ValueError(
-                f"module {type(module).__name__} is being captured already, or nnx.capture raised "
-                f"and left its captures there; capture once, around everything"
+                f"module {type(module).__name__} is being captured already, or an earlier "
+                f"nnx.capture failed and left its captures there; capture once, around everything"
             )
     try:
         run = nnx.capture(lambda _: fn(*args, **kwargs), Loss, RegularizationLoss)
@@ -230,10 +241,11 @@ def _capture(modules: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class _Sown:
-    """What one name of one module holds: a mean for each time that it was sown.
+    """What a module holds under one name: a mean for each time that the loss was sown.
 
-    ``run`` tells the calls of ``apply`` apart, so that means that come back in with the variables
-    of an earlier one are dropped. All runs are equal to JAX, or each would be traced anew.
+    ``run`` tells one call of ``apply`` from another. The variables may still hold the means of an
+    earlier call; these are dropped. All runs are equal to JAX, because it would trace a function
+    again for a pytree of another structure.
     """
 
     means: tuple[WeightedMean, ...] = ()
@@ -241,7 +253,7 @@ class _Sown:
 
     def add(self, mean: WeightedMean, run: Any = None) -> _Sown:
         if not isinstance(self, _Sown):
-            raise ValueError("name must not be used by the module's own sow as well")
+            raise ValueError("name must not be one that the module also gives to its own sow")
         return _Sown((*self.means, mean) if self.run == run else (mean,), run)
 
     def tree_flatten(self) -> tuple[tuple[Any, ...], _AnyRun]:
@@ -254,6 +266,8 @@ class _Sown:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _AnyRun:
+    """A run that is equal to every other run."""
+
     run: Any
 
     def __eq__(self, other: object) -> bool:
@@ -264,17 +278,18 @@ class _AnyRun:
 
 
 def _current_run() -> Any:
-    """What is one within a call of linen's ``apply``, lifted transformations included.
+    """Something that is the same throughout one call of linen's ``apply``, and in no other call.
 
-    Scopes are rebuilt inside of every lifted transformation and modules cloned, and nothing public
-    leads from them to the outermost module, of which each call of ``apply`` makes a new one.
+    It is the id of the outermost module, of which each call of ``apply`` makes a new one. Inside of
+    lifted transformations Flax rebuilds scopes and clones modules, so that no public attribute of
+    these leads to the outermost module.
     """
     modules = linen_module._context.module_stack
     return next((m._id for m in modules if m is not None), None)
 
 
 def _sown_in(state: Any) -> Iterator[tuple[bool, str, Any]]:
-    """Whether it is a regularization, the path and what was sown, of all that was."""
+    """For all that was sown: whether it is a regularization loss, its path, and the value."""
     if isinstance(state, nnx.State):
         for path, variable in nnx.to_flat_state(state):
             for regularization, kind in _VARIABLES.items():
@@ -293,18 +308,20 @@ def _sown_in(state: Any) -> Iterator[tuple[bool, str, Any]]:
 
 
 def _mean_of(name: str, sown: Any) -> WeightedMean:
-    means = sown.means if isinstance(sown, _Sown) else _foreign(name, sown)
+    """What was sown under one name, as one mean; with an axis if it was sown several times."""
+    means = sown.means if isinstance(sown, _Sown) else _sown_by_flax(name, sown)
     if len(means) == 1:
         return means[0]
     return jax.tree.map(lambda *x: jnp.concatenate([jnp.ravel(y) for y in x]), *means)
 
 
-def _foreign(name: str, sown: Any) -> list[WeightedMean]:
-    """Scalars that a module left with its own ``sow``."""
+def _sown_by_flax(name: str, sown: Any) -> list[WeightedMean]:
+    """Scalars that a module sowed by Flax's own method ``sow``."""
     values = sown if isinstance(sown, tuple) else (sown,)
     if any(jnp.shape(value) for value in values):
         raise ValueError(
-            f"{name} was sown by sow, and is no scalar: whether its axes are losses or layers "
-            f"only sow_loss can tell"
+            f"{name} was sown by Flax's own sow and must be a scalar, got shapes "
+            f"{[jnp.shape(value) for value in values]}: only sow_loss can tell whether the "
+            f"elements are losses to average or layers to sum"
         )
     return [as_mean(name, value) for value in values]

@@ -1,19 +1,19 @@
 # ruff: noqa: B905, RUF005, UP031
-"""Record what ``tf.contrib.losses`` of TensorFlow 1.15.5 really computes, into ``tensorflow.npz``.
+"""Record what ``tf.contrib.losses`` of TensorFlow 1.15.5 computes, into ``tensorflow.npz``.
 
-The recording is checked in; this program is only needed to add cases. It runs on Python 3.7, the
-last one with a TensorFlow 1.15, and knows nothing of jaxlosses::
+The recording is in the repository; this program is only needed to add cases. It needs Python 3.7,
+the last one with TensorFlow 1.15, and does not need jaxlosses::
 
     python3.7 -m pip install tensorflow==1.15.5 'protobuf<3.21'
     python3.7 tests/record_tensorflow.py
 
-The file holds ``cases``, a JSON list in UTF-8, and ``numbers``, every array of every case end to
-end: an array of its own for each would be mostly zip headers. A case is::
+The file holds ``cases``, a JSON list in UTF-8, and ``numbers``, all arrays of all cases joined into
+one, because a file of many small arrays would be mostly zip headers. A case is::
 
     {"function": ..., "note": ..., "options": {...}, "why": null or why jaxlosses differs,
      "inputs": [[name, dtype, shape], ...], "outputs": [[name, shape], ...]}
 
-and its outputs are ``value`` and, where there is one, the gradient for the input of that name.
+and its outputs are ``value`` and the gradients with respect to inputs, by the name of the input.
 """
 
 import itertools
@@ -101,7 +101,7 @@ def draw_weights(kind, shape):
 
 
 def right_shapes(shape):
-    """Shapes of weights for losses of a shape that TensorFlow counts right: leading axes."""
+    """Shapes of weights with which TensorFlow counts losses of a shape right: leading axes."""
     found = [()]
     for k in range(1, len(shape) + 1):
         found += [shape[:k], shape[:k] + (1,)]
@@ -226,7 +226,7 @@ def add_agreeing():
 
 
 def add_differing():
-    """Where jaxlosses means to differ; ``why`` says what is wrong with TensorFlow."""
+    """Cases where jaxlosses differs on purpose; ``why`` says what TensorFlow does wrong."""
     why = "the numerator broadcasts the weights, the count does not"
     losses = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     for shape in [(1,), (1, 3), (1, 3, 4), (2, 1, 1), (2, 1, 4), (1, 1, 1)]:
@@ -320,7 +320,7 @@ def main():
                 if gradient is not None:
                     outputs.append((name, gradient))
         fetches.append(dict(outputs))
-    # The operations as TensorFlow wrote them, not as its graph optimizer reorders them.
+    # Run the operations of TensorFlow's losses without the graph optimizer, which changes them.
     config = tf.compat.v1.ConfigProto()
     config.graph_options.rewrite_options.disable_meta_optimizer = True
     with tf.compat.v1.Session(config=config) as session:

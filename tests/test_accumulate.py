@@ -1,4 +1,4 @@
-"""Microbatches and ragged batches against the whole batch."""
+"""Microbatches and padded batches give what the whole batch gives."""
 
 import re
 
@@ -17,7 +17,7 @@ ROWS = 24
 
 
 def draw(rows=ROWS, seed=0):
-    """Inputs, class ids with a ragged mask, and targets whose first half is absent."""
+    """Inputs, class ids, weights that are often zero, and targets whose first half is absent."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, 5)).astype(np.float32)
     ids = rng.integers(0, 3, rows).astype(np.int32)
@@ -56,8 +56,8 @@ def whole(params, batch):
     return jax.value_and_grad(total, has_aux=True)(params)
 
 
-def agree(found, expected):
-    """Values and gradients; the counts of scalars are of microbatches."""
+def assert_agree(found, expected):
+    """Compare values and gradients, but no counts: a scalar counts once in each microbatch."""
     ((total, losses), grads), ((whole_total, whole_losses), whole_grads) = found, expected
     chex.assert_trees_all_close(grads, whole_grads, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(total, whole_total, rtol=1e-5)
@@ -65,48 +65,48 @@ def agree(found, expected):
 
 
 @pytest.mark.parametrize("num_microbatches", [1, 2, 3, 8, ROWS])
-def test_gradient_of_the_whole_batch(num_microbatches):
+def test_microbatches_give_the_gradient_of_the_whole_batch(num_microbatches):
     batch = draw()
     step = jax.jit(
         chex.assert_max_traces(jl.accumulate_value_and_grad(loss_fn, num_microbatches), n=1)
     )
     chex.clear_trace_counter()
-    agree(step(PARAMS, batch), whole(PARAMS, batch))
+    assert_agree(step(PARAMS, batch), whole(PARAMS, batch))
     other = draw(seed=1)
-    agree(step(PARAMS, other), whole(PARAMS, other))
-    agree(
+    assert_agree(step(PARAMS, other), whole(PARAMS, other))
+    assert_agree(
         jl.accumulate_value_and_grad(loss_fn, num_microbatches)(PARAMS, batch), whole(PARAMS, batch)
     )
 
 
-def test_nothing_counts():
+def test_where_nothing_counts_the_gradient_is_finite():
     batch = draw() | {"mask": np.zeros(ROWS, np.float32)}
     batch["targets"][:] = np.nan
     (total, losses), grads = jl.accumulate_value_and_grad(loss_fn, 4)(PARAMS, batch)
     chex.assert_tree_all_finite((total, grads))
     assert losses.get_losses()["xent"] == 0
-    agree(((total, losses), grads), whole(PARAMS, batch))
+    assert_agree(((total, losses), grads), whole(PARAMS, batch))
 
 
-def dots(function, *arguments):
+def num_products(function, *arguments):
+    """How many matrix products the compiled program has."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
     return len(re.findall(r" (?:dot|convolution)\(", text))
 
 
-def test_the_first_pass_has_no_model():
-    """Counts depend on data, so the compiler removes the model from the scan that asks for them."""
+def test_the_scan_for_counts_has_no_model():
+    """Counts depend on data, so the compiler removes the model from this scan."""
     batch = draw()
     accumulate = jl.accumulate_value_and_grad(loss_fn, 4)
-    both, one = dots(accumulate, PARAMS, batch), dots(whole, PARAMS, batch)
-    assert both == one > 0
+    assert num_products(accumulate, PARAMS, batch) == num_products(whole, PARAMS, batch) > 0
 
     def depends_on_the_model(params, batch):
         hidden = jnp.tanh(batch["x"] @ params["a"])
         losses = jl.compute_weighted_loss(batch["mask"], hidden[:, 0] > 0, reduction="parts")
         return jl.LossCollector().add_loss("gated", losses)
 
-    # Then as much of the model as the weights need runs in both passes.
-    assert dots(jl.accumulate_value_and_grad(depends_on_the_model, 4), PARAMS, batch) > 0
+    # Here the weights need a part of the model, which runs in both scans.
+    assert num_products(jl.accumulate_value_and_grad(depends_on_the_model, 4), PARAMS, batch) > 0
     (total, _), _ = jl.accumulate_value_and_grad(depends_on_the_model, 4)(PARAMS, batch)
     expected = depends_on_the_model(PARAMS, batch).get_total_loss()
     chex.assert_trees_all_close(total, expected, rtol=1e-6)
@@ -119,20 +119,20 @@ def test_aux_is_stacked():
     batch = draw()
     accumulate = jl.accumulate_value_and_grad(with_aux, 4, has_aux=True)
     (total, (losses, aux)), grads = accumulate(PARAMS, batch)
-    agree(((total, losses), grads), whole(PARAMS, batch))
-    np.testing.assert_array_equal(aux["first"], batch["x"][:4, 0])  # Rows are dealt out in turn.
+    assert_agree(((total, losses), grads), whole(PARAMS, batch))
+    np.testing.assert_array_equal(aux["first"], batch["x"][:4, 0])  # Microbatch i starts at row i.
     np.testing.assert_array_equal(aux["rows"], [6] * 4)
 
 
-def test_checkpoint():
+def test_a_checkpointed_loss_gives_the_same():
     batch = draw()
-    agree(
+    assert_agree(
         jl.accumulate_value_and_grad(jax.checkpoint(loss_fn), 4)(PARAMS, batch),
         whole(PARAMS, batch),
     )
 
 
-def test_state_of_nnx():
+def test_gradients_of_an_nnx_state_are_an_nnx_state():
     graph, state = nnx.split(nnx.Linear(5, 3, rngs=nnx.Rngs(0)))
 
     def nnx_loss(state, batch):
@@ -156,27 +156,27 @@ def test_low_precision_is_summed_in_float32():
     def linear(w, batch):
         return jl.LossCollector().add_loss("mean", w * batch)
 
-    # In bfloat16 the sum of 512 shares would stop at a half.
+    # In bfloat16 the sum would stop at a half, where one more 1/512 is rounded away.
     _, grad = jl.accumulate_value_and_grad(linear, 512)(params, batch)
     assert grad == 1
     assert grad.dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_sharded_batches(kind):
+def test_a_sharded_batch_is_cut_without_moving_a_row(kind):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
     batch = draw()
     accumulate = jax.jit(jl.accumulate_value_and_grad(loss_fn, 3))
     with jax.set_mesh(mesh):
         placed = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
         params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
-        agree(accumulate(params, placed), whole(PARAMS, batch))
+        assert_agree(accumulate(params, placed), whole(PARAMS, batch))
         text = accumulate.lower(params, placed).compile().as_text()
         assert "all-gather" not in text
         assert "all-to-all" not in text
 
 
-def test_members_of_an_axis():
+def test_members_of_an_axis_agree_with_the_whole():
     def local(params, batch):
         return jl.accumulate_value_and_grad(lambda *a: loss_fn(*a).psum("data"), 3)(params, batch)
 
@@ -184,19 +184,19 @@ def test_members_of_an_axis():
     specs = (PartitionSpec(), PartitionSpec("data"))
     mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
     batch = draw()
-    agree(jax.jit(mapped)(PARAMS, batch), whole(PARAMS, batch))
+    assert_agree(jax.jit(mapped)(PARAMS, batch), whole(PARAMS, batch))
 
 
 @pytest.mark.parametrize(
     ("num_microbatches", "batch", "message"),
     [
-        (5, draw(), "num_microbatches=5 divides, got 24"),
+        (5, draw(), "multiple of num_microbatches=5, got 24 rows"),
         (2, {"a": np.ones(4), "b": np.ones(2)}, r"'b'\]\": \(2,\)"),
-        (2, {"a": np.ones(4), "b": np.ones(())}, r"one leading axis in common"),
-        (2, {}, "one leading axis in common"),
+        (2, {"a": np.ones(4), "b": np.ones(())}, "leading axes of one length"),
+        (2, {}, "leading axes of one length"),
     ],
 )
-def test_batches_that_cannot_be_cut(num_microbatches, batch, message):
+def test_batches_that_cannot_be_cut_are_refused(num_microbatches, batch, message):
     with pytest.raises(ValueError, match=message):
         jl.accumulate_value_and_grad(loss_fn, num_microbatches)(PARAMS, batch)
 
@@ -211,8 +211,8 @@ def test_arguments_are_checked():
         jl.accumulate_value_and_grad(loss_fn, 2, has_aux=True)(PARAMS, draw())
 
 
-def test_axes_of_a_loss():
-    """Of layers: each is a mean of its own. Of examples: they have none in common."""
+def test_a_loss_may_have_an_axis_of_layers_but_not_of_rows():
+    """Each layer has a mean over the whole batch. A row is in one microbatch only."""
 
     def layers(w, batch):
         means = jax.vmap(
@@ -231,8 +231,8 @@ def test_axes_of_a_loss():
         jl.accumulate_value_and_grad(examples, 4)(2.0, jnp.arange(8.0))
 
 
-def test_mean_of_means_is_wrong_and_this_is_not():
-    """What ``optax.MultiSteps`` does to mean losses on ragged masks."""
+def test_the_gradient_is_right_where_a_mean_of_means_is_wrong():
+    """``optax.MultiSteps`` takes such a mean; here microbatches count different numbers of rows."""
     batch, k = draw(), 4
 
     def mean(params, batch):
@@ -255,14 +255,14 @@ def test_mean_of_means_is_wrong_and_this_is_not():
         with jax.numpy_dtype_promotion("standard"):
             updates, state = multi_steps.update(jax.grad(mean)(PARAMS, microbatch), state)
         params = optax.apply_updates(params, updates)
-    theirs = jax.tree.map(lambda old, new: old - new, PARAMS, params)
-    _, ours = jl.accumulate_value_and_grad(parts, k)(PARAMS, batch)
-    chex.assert_trees_all_close(ours, full, rtol=1e-5, atol=1e-6)
+    of_optax = jax.tree.map(lambda old, new: old - new, PARAMS, params)
+    _, exact = jl.accumulate_value_and_grad(parts, k)(PARAMS, batch)
+    chex.assert_trees_all_close(exact, full, rtol=1e-5, atol=1e-6)
     with pytest.raises(AssertionError):
-        chex.assert_trees_all_close(theirs, full, rtol=0.1)
+        chex.assert_trees_all_close(of_optax, full, rtol=0.1)
 
 
-def test_folding_over_a_dataset_with_a_ragged_last_batch():
+def test_padded_batches_add_up_to_the_mean_of_a_dataset():
     data, size = draw(rows=22), 8
 
     @jax.jit
@@ -278,21 +278,21 @@ def test_folding_over_a_dataset_with_a_ragged_last_batch():
         jl.pad_batch(jax.tree.map(lambda leaf, i=i: leaf[i : i + size], data), size)
         for i in range(0, 22, size)
     ]
-    folded = sum(evaluate(*batch) for batch in batches)
+    pooled = sum(evaluate(*batch) for batch in batches)
     expected = loss_fn(PARAMS, data).losses["xent"]
-    chex.assert_trees_all_close(folded.losses["xent"], expected, rtol=1e-6)
+    chex.assert_trees_all_close(pooled.losses["xent"], expected, rtol=1e-6)
 
     def add(total, batch):
         return total + evaluate(*batch), None
 
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
-    start = jax.tree.map(jnp.zeros_like, folded)
+    start = jax.tree.map(jnp.zeros_like, pooled)
     chex.clear_trace_counter()
     scanned, _ = jax.lax.scan(add, start, stacked)
-    chex.assert_trees_all_close(scanned, folded, rtol=1e-6)
+    chex.assert_trees_all_close(scanned, pooled, rtol=1e-6)
 
 
-def test_padding():
+def test_pad_batch_adds_rows_that_are_not_present():
     batch, present = jl.pad_batch({"a": np.ones((2, 3)), "b": jnp.ones(2)}, 4)
     assert isinstance(batch["a"], np.ndarray)
     assert isinstance(batch["b"], jax.Array)
@@ -301,9 +301,9 @@ def test_padding():
     same, present = jl.pad_batch(np.ones(4), 4)
     assert present.all()
     np.testing.assert_array_equal(same, np.ones(4))
-    with pytest.raises(ValueError, match="size must be at least the batch's 4, got 3"):
+    with pytest.raises(ValueError, match="size must be at least the batch's 4 rows, got 3"):
         jl.pad_batch(np.ones(4), 3)
     with pytest.raises(ValueError, match="size must be an integer"):
         jl.pad_batch(np.ones(4), 8.0)
-    with pytest.raises(ValueError, match="one leading axis in common"):
+    with pytest.raises(ValueError, match="leading axes of one length"):
         jl.pad_batch([np.ones(4), np.ones(3)], 5)

@@ -1,4 +1,4 @@
-"""Against float64 at awkward places."""
+"""Losses compared with float64 where float32 could lose digits."""
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,8 @@ RNG = np.random.default_rng(0)
 
 
 def logsumexp(x):
-    top = x.max(-1, keepdims=True)
-    return (top + np.log(np.exp(x - top).sum(-1, keepdims=True)))[..., 0]
+    max_logit = x.max(-1, keepdims=True)
+    return (max_logit + np.log(np.exp(x - max_logit).sum(-1, keepdims=True)))[..., 0]
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4, -1e4])
@@ -27,17 +27,17 @@ def test_cross_entropy_of_large_logits_keeps_its_digits(offset):
     np.testing.assert_allclose(dense, expected, rtol=2e-6, atol=1e-7)
 
 
-def test_sigmoid_keeps_the_tail():
+def test_sigmoid_cross_entropy_of_a_certain_prediction_keeps_its_digits():
     logits = jnp.array([-80.0, 80.0, -30.0, 30.0])
     labels = jnp.array([0.0, 1.0, 0.0, 1.0])
     expected = np.exp(np.array([-80.0, -80.0, -30.0, -30.0]))
     losses = jl.sigmoid_cross_entropy(logits, labels, reduction="none")
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    slopes = jax.grad(jl.sigmoid_cross_entropy)(logits, labels, reduction="sum")
-    np.testing.assert_allclose(slopes, expected * [1, -1, 1, -1], rtol=1e-5)
+    gradient = jax.grad(jl.sigmoid_cross_entropy)(logits, labels, reduction="sum")
+    np.testing.assert_allclose(gradient, expected * [1, -1, 1, -1], rtol=1e-5)
 
 
-def test_sigmoid_is_smooth_at_zero():
+def test_sigmoid_cross_entropy_has_two_derivatives_at_zero():
     def loss(x):
         return jl.sigmoid_cross_entropy(x, jnp.float32(1))
 
@@ -45,12 +45,12 @@ def test_sigmoid_is_smooth_at_zero():
     assert jax.grad(jax.grad(loss))(0.0) == 0.25
 
 
-def test_slope_is_zero_at_the_kinks():
+def test_the_derivative_is_zero_where_a_loss_has_a_kink():
     assert jax.grad(jl.absolute_difference)(1.0, 1.0) == 0
     assert jax.grad(jl.hinge_loss)(1.0, 1.0) == 0
 
 
-def test_pairwise_with_a_large_offset():
+def test_pairwise_error_with_a_large_offset_keeps_its_digits():
     labels = RNG.normal(size=(8, 4096)).astype(np.float32)
     predictions = (labels + 1e3 + RNG.normal(size=labels.shape)).astype(np.float32)
     difference = predictions.astype(np.float64) - labels
@@ -59,9 +59,9 @@ def test_pairwise_with_a_large_offset():
     np.testing.assert_allclose(losses, expected, rtol=2e-6)
 
 
-def test_log_loss_at_certainty():
+def test_log_loss_of_a_certain_prediction_is_that_of_epsilon():
     losses = jl.log_loss(jnp.array([0.0, 1.0, 0.0, 1.0]), jnp.array([0, 0, 1, 1]), reduction="none")
-    # 1e-7 is added to a float32 of 0 exactly, and to one of 1 rounded to a unit in the last place.
+    # In float32, 0 + 1e-7 is exact, and 1 + 1e-7 is rounded to the next number after 1.
     near_zero, near_one = -np.log(1e-7), -np.log(np.float64(np.float32(1) + np.float32(1e-7)))
     np.testing.assert_allclose(losses, [near_one, near_zero, near_zero, near_one], rtol=1e-5)
 
@@ -74,16 +74,16 @@ def test_a_ruled_out_class_costs_nothing():
         lambda x: jl.sparse_softmax_cross_entropy(x, jnp.array([0])),
         lambda x: jl.softmax_cross_entropy(x, labels),
     ):
-        value, slope = jax.value_and_grad(loss)(logits)
+        value, gradient = jax.value_and_grad(loss)(logits)
         np.testing.assert_allclose(value, expected, rtol=1e-6)
         probability = 1 / (1 + np.exp(1.0))
-        np.testing.assert_allclose(slope, [[probability - 1, 0, 1 - probability]], rtol=1e-6)
-    slope = jax.grad(jl.softmax_cross_entropy, 1)(logits, labels)
-    np.testing.assert_allclose(slope, [[expected, 0, expected - 1]], rtol=1e-6)
+        np.testing.assert_allclose(gradient, [[probability - 1, 0, 1 - probability]], rtol=1e-6)
+    gradient = jax.grad(jl.softmax_cross_entropy, 1)(logits, labels)
+    np.testing.assert_allclose(gradient, [[expected, 0, expected - 1]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [2**24 + 3, 40_000_000])
-def test_many_elements(size):
+def test_mean_and_count_of_many_elements_are_accurate(size):
     losses = RNG.random(size, np.float32)
     parts = jl.compute_weighted_loss(losses, reduction="parts")
     assert parts.count == np.float32(size)

@@ -23,7 +23,7 @@ PARAMS = {
 
 
 def collector(x=2.0):
-    """Every kind of entry: a scalar, an array of losses, undivided means with and without axes."""
+    """A collector with every kind of value: scalar, array, undivided mean, the same with axes."""
     x = jnp.asarray(x)
     masked = jl.compute_weighted_loss(x * jnp.arange(4.0), jnp.arange(4) > 1, reduction="parts")
     layers = jl.WeightedMean(x * jnp.array([2.0, 6.0]), jnp.array([1.0, 2.0]))
@@ -40,7 +40,7 @@ EXPECTED = {
 }
 
 
-def test_names_and_values():
+def test_values_are_found_by_name():
     losses = collector()
     chex.assert_trees_all_close(losses.get_losses(), EXPECTED)
     chex.assert_trees_all_close(losses.get_regularization_losses(), {"l2": 0.5})
@@ -60,7 +60,7 @@ def test_scope_is_a_regular_expression_that_matches_the_start():
         losses.get_losses("(")
 
 
-def test_empty_totals_zero():
+def test_an_empty_collector_has_a_total_of_zero():
     empty = jl.LossCollector()
     assert empty.get_total_loss() == 0
     assert empty.get_total_loss().dtype == jnp.float32
@@ -69,7 +69,7 @@ def test_empty_totals_zero():
     assert str(empty).split() == ["loss", "value", "count", "total", "0"]
 
 
-def test_adding_leaves_the_old_one_alone():
+def test_adding_a_loss_does_not_change_the_collector():
     first = jl.LossCollector().add_loss("a", 1.0)
     first.add_loss("b", 2.0)
     assert list(first.get_losses()) == ["a"]
@@ -82,12 +82,12 @@ def test_adding_leaves_the_old_one_alone():
 
 
 @pytest.mark.parametrize("name", ["", "total_loss", None, 3])
-def test_bad_names(name):
+def test_bad_names_are_refused(name):
     with pytest.raises(ValueError, match="name must be"):
         jl.LossCollector().add_loss(name, 1.0)
 
 
-def test_a_name_twice_is_refused():
+def test_a_name_that_is_taken_is_refused():
     losses = jl.LossCollector().add_loss("a", 1.0)
     for add in (losses.add_loss, losses.add_regularization_loss):
         with pytest.raises(ValueError, match="'a' is taken"):
@@ -97,7 +97,7 @@ def test_a_name_twice_is_refused():
 @pytest.mark.parametrize(
     "value", [None, "1", [1.0], jnp.ones(2, jnp.complex64), np.array("a"), np.array([None])]
 )
-def test_bad_values(value):
+def test_bad_values_are_refused(value):
     with pytest.raises(ValueError, match="aux"):
         jl.LossCollector().add_loss("aux", value)
 
@@ -111,11 +111,11 @@ def test_low_precision_is_widened():
     mean = jl.WeightedMean(jnp.bfloat16(3), jnp.bfloat16(1))
     losses = jl.LossCollector().add_loss("mean", mean).add_loss("scalar", jnp.bfloat16(1))
     assert {leaf.dtype for leaf in jax.tree.leaves(losses)} == {jnp.dtype("float32")}
-    # A count in bfloat16 would stop at 256.
+    # A count in bfloat16 could not grow past 256.
     assert sum(losses for _ in range(1000)).losses["mean"].count == 1000
 
 
-def test_merging_pools_every_mean():
+def test_merged_means_are_the_means_of_the_whole():
     whole = np.arange(10.0, dtype=np.float32)
     batches = [
         jl.LossCollector()
@@ -130,7 +130,7 @@ def test_merging_pools_every_mean():
         assert merged.get_regularization_losses()["l2"] == 0.25
 
 
-def test_merging_other_names_is_refused():
+def test_merging_collectors_of_other_names_or_shapes_is_refused():
     a, b = jl.LossCollector().add_loss("a", 1.0), jl.LossCollector().add_loss("b", 1.0)
     with pytest.raises(ValueError, match=r"first has \['a'\].*second has \['b'\]"):
         a.merge(b)
@@ -144,7 +144,7 @@ def test_merging_other_names_is_refused():
             a + other
 
 
-def test_names_are_structure_in_every_transformation():
+def test_a_collector_passes_through_every_transformation():
     traced = jax.jit(chex.assert_max_traces(collector, n=1))
     chex.assert_trees_all_equal(traced(2.0), collector(2.0))
     chex.assert_trees_all_close(traced(3.0), collector(3.0))
@@ -152,8 +152,8 @@ def test_names_are_structure_in_every_transformation():
     np.testing.assert_allclose(mapped, [21.5, 43.0])
     either = jax.lax.cond(True, collector, lambda x: collector(2 * x), 2.0)
     chex.assert_trees_all_equal(either, collector())
-    slope = jax.grad(jax.checkpoint(lambda x: collector(x).get_total_loss()))(2.0)
-    assert slope == 21.5 / 2
+    derivative = jax.grad(jax.checkpoint(lambda x: collector(x).get_total_loss()))(2.0)
+    assert derivative == 21.5 / 2
     doubled = jax.tree.map(lambda x: 2 * x, collector())
     chex.assert_trees_all_close(doubled.get_losses(), EXPECTED)
 
@@ -161,9 +161,9 @@ def test_names_are_structure_in_every_transformation():
         return total + collector(x), None
 
     start = jax.tree.map(jnp.zeros_like, collector())
-    folded, _ = jax.lax.scan(add, start, jnp.array([1.0, 3.0]))
-    chex.assert_trees_all_close(folded.get_losses(), EXPECTED)
-    # The order in which losses were added is not structure.
+    scanned, _ = jax.lax.scan(add, start, jnp.array([1.0, 3.0]))
+    chex.assert_trees_all_close(scanned.get_losses(), EXPECTED)
+    # The order in which losses were added does not change the pytree's structure.
     a = jl.LossCollector().add_loss("a", 1.0).add_loss("b", 2.0)
     b = jl.LossCollector().add_loss("b", 2.0).add_loss("a", 1.0)
     chex.assert_trees_all_equal(a, b)
@@ -192,7 +192,7 @@ def test_psum_is_one_collective_of_exact_means():
     assert compiled.count(" all-reduce(") == 1
 
 
-def test_table():
+def test_str_is_a_table():
     assert str(collector()).split("\n") == [
         "loss               value  count",
         "encoder/layers[0]      4      1",
@@ -206,7 +206,7 @@ def test_table():
     ]
 
 
-def test_repr_says_what_it_can():
+def test_repr_shows_values_or_what_stands_in_their_place():
     assert repr(collector()) == (
         "LossCollector(losses={encoder/layers: [4, 6], encoder/masked: 5, losses: 4, scalar: 2}, "
         "regularization_losses={l2: 0.5})"
@@ -223,7 +223,7 @@ def test_repr_says_what_it_can():
         assert repr(mapped) == str(mapped)
 
 
-def test_flat_view_for_loggers():
+def test_to_dict_has_scalars_only():
     flat = collector().to_dict()
     assert {name: float(value) for name, value in flat.items()} == {
         "encoder/layers/0": 4,
@@ -237,14 +237,14 @@ def test_flat_view_for_loggers():
     assert all(value.shape == () for value in jax.jit(collector().to_dict)().values())
 
 
-def test_flat_names_that_collide_are_refused():
+def test_to_dict_refuses_one_name_for_two_values():
     layers = jl.WeightedMean(jnp.ones(2), jnp.ones(2))
     losses = jl.LossCollector().add_loss("a", layers).add_loss("a/0", 1.0)
-    with pytest.raises(ValueError, match="'a/0' is the name of two values"):
+    with pytest.raises(ValueError, match="'a/0' must not be the name of two values"):
         losses.to_dict()
 
 
-def test_checkpoints(tmp_path):
+def test_a_collector_is_restored_from_a_checkpoint(tmp_path):
     losses = collector()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "losses", losses)
@@ -254,7 +254,7 @@ def test_checkpoints(tmp_path):
     chex.assert_trees_all_equal(restored, losses)
 
 
-def test_regularizers_are_tensorflows():
+def test_regularizers_are_those_of_tensorflow():
     w = jnp.array([[1.0, -2.0], [0.0, 3.0]])
     assert jl.l1_regularizer(0.5)(w) == 3
     assert jl.l2_regularizer(0.5)(w) == 3.5
@@ -270,20 +270,20 @@ def test_regularizers_are_tensorflows():
         assert jax.jit(lambda s, r=regularizer: r(s)(w))(2.0) == regularizer(2.0)(w)
 
 
-def test_patterns_search_the_path():
+def test_a_pattern_is_searched_for_in_paths():
     patterns = {
         "kernel$": jl.l1_regularizer(1.0),
         "encoder/dense": jl.l2_regularizer(2.0),
         "^head": jl.l2_regularizer(1.0),
     }
     losses = jl.LossCollector().regularize(PARAMS, patterns)
-    # The kernel of the encoder is found twice.
+    # Two patterns find the kernel of the encoder, and it counts in both losses.
     expected = {"kernel$": 7.0, "encoder/dense": 14.0, "^head": 8.0}
     chex.assert_trees_all_close(losses.get_regularization_losses(), expected)
     assert losses.get_losses() == {}
 
 
-def test_patterns_that_cannot_be_meant():
+def test_patterns_and_regularizers_that_cannot_work_are_refused():
     empty = jl.LossCollector()
     with pytest.raises(ValueError, match=r"'kernels' matches no parameter.*encoder/dense/kernel"):
         empty.regularize(PARAMS, {"kernels": jl.l2_regularizer(1.0)})
@@ -316,11 +316,11 @@ def test_a_shared_parameter_counts_once():
     kernel = model.encoder.kernel[...]
     np.testing.assert_allclose(total(model), jnp.sum(jnp.square(kernel)) / 2, rtol=1e-6)
     np.testing.assert_allclose(total(nnx.state(model)), total(model))
-    slope = nnx.grad(total)(model)
-    np.testing.assert_allclose(jax.tree.leaves(slope["decoder"])[-1], kernel, rtol=1e-6)
+    gradient = nnx.grad(total)(model)
+    np.testing.assert_allclose(jax.tree.leaves(gradient["decoder"])[-1], kernel, rtol=1e-6)
 
 
-def test_patterns_know_the_paths_of_flax():
+def test_patterns_find_parameters_of_linen_and_nnx():
     class Linen(nn.Module):
         @nn.compact
         def __call__(self, x):

@@ -1,4 +1,4 @@
-"""Losses sown in linen and nnx: every way in which Flax's own sow loses or doubles one."""
+"""Losses sown in linen and nnx, in all situations where Flax's own sow loses or doubles one."""
 
 import warnings
 
@@ -18,7 +18,7 @@ COLLECTIONS = ["losses", "regularization_losses"]
 
 
 class Block(nn.Module):
-    """A layer that sows one of each: an array of losses, an undivided mean, a regularization."""
+    """A layer that sows an array of losses, an undivided mean and a regularization loss."""
 
     width: int = 3
 
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Two layers, written out."""
+    """Two layers, called one after the other without a scan."""
 
     @nn.compact
     def __call__(self, x):
@@ -77,7 +77,7 @@ def applied(module, variables=None, **options):
     return module.apply(variables, X, mutable=COLLECTIONS, **options)
 
 
-def test_linen_names_and_values():
+def test_linen_losses_have_module_paths_and_right_values():
     x, state = applied(Encoder())
     losses = jlf.collect(state)
     names = {f"layer_{i}/{name}" for i in range(2) for name in ("square", "masked")}
@@ -105,7 +105,7 @@ def test_linen_does_nothing_where_not_mutable():
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_linen_scan_is_the_written_out_layers(remat):
+def test_linen_scan_sows_the_losses_of_its_layers(remat):
     _, state = applied(Scanned(remat=remat))
     losses, written_out = jlf.collect(state), jlf.collect(applied(Encoder())[1])
     for name in ("square", "masked"):
@@ -116,7 +116,7 @@ def test_linen_scan_is_the_written_out_layers(remat):
 
 def test_linen_scan_without_variable_axes_is_noticed():
     _, state = applied(Scanned(axes=()))
-    assert jlf.collect(state).get_losses() == {}  # Flax drops them; nobody else can know.
+    assert jlf.collect(state).get_losses() == {}  # Flax drops them without a word.
     with pytest.raises(ValueError, match=r"layers/square.*variable_axes.*nn.scan"):
         jlf.collect(state, expected=["layers/square"])
 
@@ -158,7 +158,7 @@ def test_linen_cond_needs_the_loss_in_both_branches():
     assert jlf.collect(applied(Cond(both=True), {})[1]).get_losses()["aux"] == X.sum()
 
 
-def test_linen_vmap_is_a_loop():
+def test_linen_vmap_sows_the_losses_of_a_loop():
     class Mapped(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -195,7 +195,7 @@ def test_linen_state_of_the_last_step_is_never_counted_again(module):
     chex.clear_trace_counter()
 
     @jax.jit
-    @chex.assert_max_traces(n=2)  # Without the state, and with it.
+    @chex.assert_max_traces(n=2)  # Once without the state, once with it.
     def step(variables):
         _, state = applied(module, variables)
         return state
@@ -238,8 +238,8 @@ def test_linen_capture_leaves_the_result_as_it_was():
         jlf.capture(Norm().init)(jax.random.key(0), X)
 
 
-def test_linen_scalars_that_others_have_sown():
-    class Foreign(nn.Module):
+def test_linen_scalars_of_the_own_sow_of_flax_are_collected():
+    class OwnSow(nn.Module):
         value: float | jax.Array
 
         @nn.compact
@@ -247,9 +247,9 @@ def test_linen_scalars_that_others_have_sown():
             self.sow("losses", "aux", self.value)
             self.sow("losses", "aux", 2 * self.value)
 
-    assert jlf.collect(applied(Foreign(jnp.float32(3)), {})[1]).get_total_loss() == 9
-    with pytest.raises(ValueError, match="aux was sown by sow, and is no scalar"):
-        jlf.collect(applied(Foreign(jnp.ones(3)), {})[1])
+    assert jlf.collect(applied(OwnSow(jnp.float32(3)), {})[1]).get_total_loss() == 9
+    with pytest.raises(ValueError, match=r"aux was sown by .*must be a scalar, got.*\(3,\)"):
+        jlf.collect(applied(OwnSow(jnp.ones(3)), {})[1])
 
 
 class Layer(nnx.Module):
@@ -290,7 +290,7 @@ class ScannedLayers(nnx.Module):
         )(x, self.layers)
 
 
-def test_nnx_is_linen():
+def test_nnx_gives_the_losses_of_linen():
     y, losses = jlf.capture(Layers())(X)
     expected, state = applied(Encoder())
     chex.assert_trees_all_close(y, expected)
@@ -331,7 +331,7 @@ def test_nnx_neither_grows_nor_retraces(model):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_nnx_scan_and_remat(remat):
+def test_nnx_scan_and_remat_sow_the_losses_of_their_layers(remat):
     written_out = jlf.capture(Layers())(X)[1]
     losses = jlf.capture(ScannedLayers(remat))(X)[1]
     for name in ("square", "masked"):
@@ -341,12 +341,12 @@ def test_nnx_scan_and_remat(remat):
     chex.assert_trees_all_close(jlf.capture(Layers(remat))(X)[1], written_out)
 
 
-def test_nnx_vmap_is_a_loop():
+def test_nnx_vmap_sows_the_losses_of_a_loop():
     def mapped(layer, x):
         axes = nnx.StateAxes({(jlf.Loss, jlf.RegularizationLoss): 0, ...: None})
         return nnx.vmap(Layer.__call__, in_axes=(axes, 0))(layer, x)
 
-    # Whole captures map plainly: what they return is a pytree.
+    # A capture within vmap returns a pytree, which vmap maps as any other.
     losses = nnx.vmap(lambda layer, x: jlf.capture(layer)(x)[1], in_axes=(None, 0))(Layer(), X)
     loop = [jlf.capture(Layer())(x)[1].get_losses() for x in X]
     expected = jax.tree.map(lambda *x: jnp.stack(x), *loop)
@@ -354,7 +354,7 @@ def test_nnx_vmap_is_a_loop():
     chex.assert_trees_all_close(jlf.capture(mapped)(Layer(), X)[1].get_losses(), expected)
 
 
-def test_nnx_inside_and_outside_of_jit_and_grad():
+def test_nnx_capture_gives_the_same_inside_and_outside_of_jit_and_grad():
     def total(model, x):
         _, losses = jlf.capture(model)(x)
         return losses.get_total_loss(), losses
@@ -367,7 +367,7 @@ def test_nnx_inside_and_outside_of_jit_and_grad():
     graph, params = nnx.split(model)
     plain = jax.grad(lambda p: total(nnx.merge(graph, p), X)[0])(params)
     chex.assert_trees_all_close(jax.tree.leaves(grads), jax.tree.leaves(plain))
-    # A jitted function within.
+    # And with a jitted function inside of the capture.
     chex.assert_trees_all_close(jlf.capture(nnx.jit(Layers.__call__))(model, X)[1], losses)
 
 
@@ -382,7 +382,7 @@ def test_nnx_layer_called_twice_sows_twice():
     )
 
 
-def test_nnx_capture_of_a_function_a_method_and_a_module():
+def test_nnx_capture_takes_a_function_a_method_or_a_module():
     model = Layers()
     found = [
         jlf.capture(fn)(*args)[1]
@@ -402,7 +402,7 @@ def test_nnx_capture_of_a_function_a_method_and_a_module():
             jlf.capture(fn)(*args)
 
 
-def test_nnx_capture_leaves_nothing_behind():
+def test_nnx_capture_leaves_nothing_on_a_module_when_it_fails():
     model = Layers()
     before = nnx.state(model)
 
@@ -428,16 +428,16 @@ def test_nnx_capture_within_a_capture_is_refused():
             capture(model, X)
 
 
-def test_nnx_capture_of_flax_itself():
+def test_nnx_capture_of_flax_itself_can_be_collected():
     model = Layers()
     _, *states = nnx.capture(model, jlf.Loss, jlf.RegularizationLoss)(X)
     chex.assert_trees_all_equal(jlf.collect(nnx.merge_state(*states)), jlf.capture(model)(X)[1])
-    # Pop takes subclasses of a type, capture the type alone: these are types of their own.
+    # nnx.pop also finds subclasses, nnx.capture does not. So neither is a subclass of the other.
     assert jlf.Loss.__mro__[1] is nnx.Variable
     assert jlf.RegularizationLoss.__mro__[1] is nnx.Variable
 
 
-def test_expected_losses():
+def test_a_missing_expected_loss_is_an_error():
     model = Layers()
     jlf.capture(model, expected=["layers/0/square", "layers/1/l2"])(X)
     with pytest.raises(ValueError, match=r"\['layer/0/square'\] were not sown.*layers/0/square"):
@@ -452,12 +452,12 @@ def test_expected_losses():
 
 
 @pytest.mark.parametrize("state", [None, (X, {}), [1], X])
-def test_what_is_no_state(state):
+def test_what_is_not_a_state_is_refused(state):
     with pytest.raises(ValueError, match="state must be"):
         jlf.collect(state)
 
 
-def test_what_cannot_be_sown():
+def test_bad_modules_names_and_values_are_refused():
     with pytest.raises(ValueError, match="module must be a Flax module, got int"):
         jlf.sow_loss(3, "aux", 1.0)
 
@@ -494,11 +494,11 @@ def test_what_cannot_be_sown():
             self.sow("losses", "aux", 1.0)
             jlf.sow_loss(self, "aux", 1.0)
 
-    with pytest.raises(ValueError, match="own sow"):
+    with pytest.raises(ValueError, match="its own sow"):
         applied(Both(), {})
 
 
-def test_one_name_for_two_kinds_is_refused():
+def test_one_name_for_a_loss_and_a_regularization_loss_is_refused():
     class Nnx(nnx.Module):
         def __call__(self):
             jlf.sow_loss(self, "aux", 1.0)
@@ -514,7 +514,7 @@ def test_one_name_for_two_kinds_is_refused():
             jlf.capture(sows)(*arguments)
 
 
-def test_linen_capture_starts_empty():
+def test_linen_capture_does_not_collect_losses_of_an_earlier_apply():
     class Sometimes(nn.Module):
         @nn.compact
         def __call__(self, x, train):

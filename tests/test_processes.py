@@ -1,4 +1,4 @@
-"""Several JAX processes on this machine, each with a part of the data."""
+"""Losses over several JAX processes on this machine, each of which has a part of the data."""
 
 import json
 import os
@@ -16,7 +16,7 @@ EXAMPLE = HERE.parent / "examples" / "evaluate_on_pod.py"
 
 
 def run(*commands):
-    """What each of some commands, run at once, prints."""
+    """Run commands at the same time, and return what each of them prints."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     started = [
         subprocess.Popen(
@@ -35,6 +35,7 @@ def run(*commands):
 
 
 def coordinator():
+    """An address with a port that is free."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return f"localhost:{free.getsockname()[1]}"
@@ -43,7 +44,7 @@ def coordinator():
 def test_two_processes_agree_with_one(tmp_path):
     rng = np.random.default_rng(0)
     weights = rng.random(64).astype(np.float32)
-    weights[:30] = 0  # Of the first half only two count.
+    weights[:30] = 0  # Only two rows of the first process count.
     data = tmp_path / "data.npz"
     logits = rng.normal(size=(64, 5)).astype(np.float32)
     np.savez(data, logits=logits, labels=rng.integers(0, 5, 64).astype(np.int32), weights=weights)

@@ -1,4 +1,4 @@
-"""What the compiled programs hold, and the sums where no block divides them."""
+"""The memory of compiled programs, and sums whose lengths are not a multiple of a block."""
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +9,19 @@ from arguments import cases
 import jaxlosses as jl
 
 CASES = {name: case for name, case in cases(jl).items() if not case.computes}
-EVEN, ODD = (2048, 8192), (331, 65537)  # Two blocks in a row; no divisor of any use.
+EVEN, ODD = (2048, 8192), (331, 65537)  # Two blocks in a row; a row that no block divides.
 
 
 def compiled(name, shape, dtype, weights_dtype, differentiate):
-    """A loss on one device, nothing run."""
+    """The program of a loss on one device, which is not run."""
     case = CASES[name]
     arguments = [
         jax.ShapeDtypeStruct(shape[:1], jnp.int32)
-        if held.domain == "class id"
+        if spec.domain == "class id"
         else jax.ShapeDtypeStruct(shape, dtype)
-        for held in case.inputs.values()
+        for spec in case.inputs.values()
     ]
-    by_row = any(held.inner for held in case.inputs.values())
+    by_row = any(spec.inner for spec in case.inputs.values())
     weights = jax.ShapeDtypeStruct(shape[:1] if by_row else shape, weights_dtype)
     loss = jax.value_and_grad(case.loss) if differentiate else case.loss
     return jax.jit(loss).lower(*arguments, weights).compile()
@@ -31,14 +31,14 @@ def compiled(name, shape, dtype, weights_dtype, differentiate):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("name", CASES)
 def test_temporaries_are_small(name, dtype, differentiate):
-    """No copy of an input, in float32 or otherwise, and no array of losses."""
+    """There is no copy of an input, in any dtype, and no array of losses."""
     for shape, weights_dtype in ((EVEN, jnp.float32), (ODD, jnp.bool_)):
         program = compiled(name, shape, dtype, weights_dtype, differentiate)
         assert program.memory_analysis().temp_size_in_bytes < 2**20
 
 
-def test_a_sum_has_the_fast_form_too():
-    """Its count is unused, and what is unused is removed, the form of the sum with it."""
+def test_a_sum_without_a_count_is_fused_too():
+    """XLA would remove its unused count, and then would not fuse the sum."""
     inputs = [jax.ShapeDtypeStruct(EVEN, jnp.float32)] * 3
     for reduction in ("sum", "average"):
 
@@ -65,7 +65,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sums_of_any_shape(shape):
+def test_sums_and_counts_are_right_for_any_shape(shape):
     rng = np.random.default_rng(0)
     losses = np.asarray(rng.normal(size=shape), np.float32)
     full = np.asarray(rng.random(shape) * (rng.random(shape) > 0.3), np.float32)
@@ -86,19 +86,19 @@ def test_sums_of_any_shape(shape):
 @pytest.mark.parametrize(
     "shape", [(3, 1_000_001), (1_000_001, 3), (1, 4097), (3, 65_537), (5, 2, 3)], ids=str
 )
-def test_rows_of_any_length(shape):
-    """Reductions within a loss are the kernel's as well."""
+def test_reductions_of_rows_are_right_for_any_length(shape):
+    """A loss reduces each row of logits with the same primitive."""
     logits = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     labels = np.zeros(shape[:-1], np.int32)
     losses = jl.sparse_softmax_cross_entropy(logits, labels, reduction="none")
     exact = logits.astype(np.float64)
     expected = np.log(np.exp(exact).sum(-1)) - exact[..., 0]
-    # A sum of exponentials near 1 has no more digits for its logarithm than float32 has there.
+    # The logarithm of a float32 near 1 has the absolute error of that float32.
     np.testing.assert_allclose(losses, expected, rtol=2e-6, atol=2e-7)
 
 
-def test_counts_are_of_integers():
-    """A float32 that counts by one stops at 2**24."""
+def test_counts_past_the_integers_of_float32_are_exact():
+    """A float32 that is counted up one by one cannot grow past 2**24."""
     keep = jnp.ones(2**24 + 2, bool)
     parts = jl.compute_weighted_loss(jnp.ones(keep.shape), keep, reduction="parts")
     assert parts.count == 2**24 + 2

@@ -1,4 +1,4 @@
-"""The recorded outputs of TensorFlow 1.15.5, which ``record_tensorflow.py`` wrote."""
+"""Losses compared with outputs of TensorFlow 1.15.5, recorded by ``record_tensorflow.py``."""
 
 import json
 import pathlib
@@ -11,12 +11,13 @@ from arguments import cases as find_losses
 
 import jaxlosses as jl
 
-# Both sides round in float32: a few units in the last place of a result, and where terms cancel,
-# of the largest of them. The derivative of a perfect prediction's loss may cancel to nothing.
+# Both libraries round in float32. The difference is a few units in the last place of the result, or
+# where terms cancel, of the largest term.
 ROUNDING = {"rtol": 1e-5, "atol": 2e-6}
 
 
 def load():
+    """The cases, with the arrays of their inputs and outputs."""
     with np.load(pathlib.Path(__file__).parent / "tensorflow.npz") as file:
         cases = json.loads(file["cases"].tobytes())
         numbers = file["numbers"]
@@ -48,7 +49,7 @@ SAME = [pytest.param(c, id=n) for c, n in zip(CASES, NAMES, strict=True) if not 
 DIFFERENT = [pytest.param(c, id=n) for c, n in zip(CASES, NAMES, strict=True) if c["why"]]
 
 
-def ours(case, names):
+def of_jaxlosses(case, names):
     """Value and gradients with respect to some inputs, from jaxlosses."""
     inputs = {name: jnp.asarray(as_jax(x)) for name, x in case["inputs"].items()}
 
@@ -64,11 +65,12 @@ def ours(case, names):
 
 
 def as_jax(array):
+    """JAX has no integers of 64 bits by default."""
     return array.astype(np.int32) if array.dtype == np.int64 else array
 
 
 def element_losses(function, inputs, options):
-    """The losses by their definition, in float64."""
+    """The losses as they are defined, computed in float64."""
     x, *labels = inputs
     y = labels[0] if labels else None
     smoothing = options.get("label_smoothing", 0)
@@ -99,8 +101,8 @@ def element_losses(function, inputs, options):
     return -np.sum(np.where((y == 0) & np.isneginf(log_softmax), 0, y * log_softmax), axis=-1)
 
 
-def right(case, names):
-    """Value and central differences of the definition, in float64."""
+def by_definition(case, names):
+    """Value and gradients (central differences) of the definition, in float64."""
     inputs = {name: x.astype(np.float64) for name, x in case["inputs"].items()}
     given = inputs["weights"]
 
@@ -117,23 +119,23 @@ def right(case, names):
             count = 1
         return np.sum(w * losses) / max(count, 1)
 
-    def derivative(name, place, step=1e-5):
-        ends = []
+    def derivative(name, index, step=1e-5):
+        values = []
         for sign in (1, -1):
-            moved = inputs[name].copy()
-            moved[place] += sign * step
-            ends.append(reduced({**inputs, name: moved}))
-        return (ends[0] - ends[1]) / (2 * step)
+            changed = inputs[name].copy()
+            changed[index] += sign * step
+            values.append(reduced({**inputs, name: changed}))
+        return (values[0] - values[1]) / (2 * step)
 
     with np.errstate(all="ignore"):
         found = {"value": np.asarray(reduced(inputs))}
         for name in names:
-            slopes = [derivative(name, place) for place in np.ndindex(inputs[name].shape)]
-            found[name] = np.reshape(slopes, inputs[name].shape)
+            gradient = [derivative(name, index) for index in np.ndindex(inputs[name].shape)]
+            found[name] = np.reshape(gradient, inputs[name].shape)
     return found
 
 
-def close(actual, expected, **tolerance):
+def assert_close(actual, expected, **tolerance):
     assert actual.keys() == expected.keys()
     for name in expected:
         assert actual[name].shape == expected[name].shape, name
@@ -141,24 +143,23 @@ def close(actual, expected, **tolerance):
 
 
 @pytest.mark.parametrize("case", SAME)
-def test_same_as_tensorflow(case):
+def test_the_result_is_that_of_tensorflow(case):
     names = [name for name in case["outputs"] if name != "value"]
-    close(ours(case, names), case["outputs"], **ROUNDING)
+    assert_close(of_jaxlosses(case, names), case["outputs"], **ROUNDING)
 
 
 @pytest.mark.parametrize("case", DIFFERENT)
-def test_differs_from_tensorflow_on_purpose(case):
+def test_the_result_is_right_where_that_of_tensorflow_is_not(case):
     names = [name for name, x in case["inputs"].items() if x.dtype == np.float32]
     names = [name for name in names if name != "labels"]
     if case["note"] == "graph optimizer":
-        # At the edge of the domain, no room for central differences; p=1 above has the gradients.
+        # Central differences would leave the domain here. Other cases have p=1 with gradients.
         names = []
-    expected = right(case, names)
-    # The central differences are good to about eight digits of the value.
-    close(ours(case, names), expected, **ROUNDING)
+    expected = by_definition(case, names)
+    assert_close(of_jaxlosses(case, names), expected, **ROUNDING)
     kept = case["outputs"].keys() & expected.keys()
     with pytest.raises(AssertionError):
-        close(
+        assert_close(
             {k: case["outputs"][k] for k in kept},
             {k: expected[k] for k in kept},
             rtol=1e-3,
@@ -170,13 +171,14 @@ def test_the_definition_is_what_tensorflow_computes():
     for case in CASES:
         if not case["why"]:
             value = case["outputs"]["value"]
-            np.testing.assert_allclose(value, right(case, [])["value"], **ROUNDING, err_msg=case)
+            expected = by_definition(case, [])["value"]
+            np.testing.assert_allclose(value, expected, **ROUNDING, err_msg=case)
 
 
 def test_the_recording_covers_every_loss():
     same, different = ({p.values[0]["function"] for p in cases} for cases in (SAME, DIFFERENT))
     assert same == different <= set(find_losses(jl))
-    assert len(same) == 10  # TensorFlow's nine, and the kernel.
+    assert len(same) == 10  # TensorFlow's nine losses, and compute_weighted_loss.
     assert len(CASES) >= 300
     assert len(set(NAMES)) == len(CASES)
     assert {next(iter(c["inputs"].values())).ndim for c in CASES} == {1, 2, 3, 4}

@@ -1,6 +1,7 @@
-"""One of several processes, with a share of the data; ``test_processes.py`` starts them.
+"""The program of one of several processes; ``test_processes.py`` starts them.
 
-Prints value, count and gradient of a loss over all processes, as one line of JSON.
+Each has a part of the data. It prints value, count and gradient of a loss over all processes, as
+one line of JSON.
 """
 
 import json
@@ -19,9 +20,9 @@ if int(num_processes) > 1:
 
 with np.load(path) as data:
     rows = {name: data[name] for name in data}
-share = {name: np.array_split(a, int(num_processes))[int(process_id)] for name, a in rows.items()}
+part = {name: np.array_split(a, int(num_processes))[int(process_id)] for name, a in rows.items()}
 sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
-batch = {k: jax.make_array_from_process_local_data(sharding, a) for k, a in share.items()}
+batch = {k: jax.make_array_from_process_local_data(sharding, a) for k, a in part.items()}
 
 
 def loss(scale, batch, axis_name=None):
@@ -34,7 +35,7 @@ def loss(scale, batch, axis_name=None):
     )
 
 
-def of_axis(scale, batch):
+def loss_in_shard_map(scale, batch):
     specs = (PartitionSpec(), PartitionSpec("data"))
     mapped = jax.shard_map(
         lambda *a: loss(*a, axis_name="data"),
@@ -46,8 +47,8 @@ def of_axis(scale, batch):
 
 
 results = []
-for function in (loss, of_axis):
+for function in (loss, loss_in_shard_map):
     mean = jax.jit(function)(np.float32(0.5), batch)
-    slope = jax.jit(jax.grad(lambda *a, f=function: f(*a).value))(np.float32(0.5), batch)
-    results.append([float(mean.value), float(mean.count), float(slope)])
+    derivative = jax.jit(jax.grad(lambda *a, f=function: f(*a).value))(np.float32(0.5), batch)
+    results.append([float(mean.value), float(mean.count), float(derivative)])
 print(json.dumps(results))
