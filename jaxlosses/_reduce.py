@@ -12,9 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.core import ShapedArray
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from jaxlosses._primitive import define_primitive
 from jaxlosses._reduce_cpu import reduce_together
@@ -22,7 +23,6 @@ from jaxlosses._reduce_cpu import reduce_together
 _SUMS = ("sum", "sum and count")  # Beside these, "max" and "max and pick".
 
 
-@jax.custom_jvp
 def sum_and_count(x: Array, keep: Array) -> tuple[Array, Array]:
     """The sum of ``x``, and exactly how many of its places ``keep`` sets, in the dtype of ``x``.
 
@@ -32,30 +32,16 @@ def sum_and_count(x: Array, keep: Array) -> tuple[Array, Array]:
     return total, count
 
 
-@sum_and_count.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    total, count = sum_and_count(*primals)
-    return (total, count), (jnp.sum(tangents[0]), jnp.zeros_like(count))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def sum_of(x: Array, num_kept_axes: int = 0) -> Array:
     """The sum over all axes but some leading ones."""
     return _reduce_alone(x, "sum", num_kept_axes)
 
 
-@sum_of.defjvp
-def _(num_kept_axes: int, primals: Any, tangents: Any) -> Any:
-    (x,), (dx,) = primals, tangents
-    return sum_of(x, num_kept_axes), jnp.sum(dx, tuple(range(num_kept_axes, x.ndim)))
-
-
 def max_of(x: Array, num_kept_axes: int = 0) -> Array:
     """The largest over all axes but some leading ones, as a constant: its derivative is 0."""
-    return _reduce_alone(jax.lax.stop_gradient(x), "max", num_kept_axes)
+    return _reduce_alone(x, "max", num_kept_axes)
 
 
-@jax.custom_jvp
 def max_and_pick(x: Array, mask: Array) -> tuple[Array, Array]:
     """The largest of each row, as by :func:`max_of`, and the number where the row's mask is set.
 
@@ -65,15 +51,8 @@ def max_and_pick(x: Array, mask: Array) -> tuple[Array, Array]:
     return maximum, picked
 
 
-@max_and_pick.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    maximum, picked = max_and_pick(*primals)
-    dpicked = jnp.sum(jnp.where(primals[1], tangents[0], 0), -1)
-    return (maximum, picked), (jnp.zeros_like(maximum), dpicked)
-
-
 def _reduce_alone(x: Array, operation: str, num_kept_axes: int) -> Array:
-    keep = jnp.ones((1,) * x.ndim, bool)
+    keep = np.ones((1,) * x.ndim, bool)
     (reduced,) = _reduce.bind(x, keep, operation=operation, num_kept_axes=num_kept_axes)
     return reduced
 
@@ -91,10 +70,29 @@ def _reduce_apart(
     results = [(jnp.sum if operation in _SUMS else jnp.max)(x, axes)]
     if operation == "sum and count":
         copies = math.prod(x.shape) // max(keep.size, 1)
-        results.append(jnp.sum(keep, dtype=count_dtype or x.dtype).astype(x.dtype) * copies)
+        results.append(jnp.sum(keep, dtype=count_dtype or x.dtype).astype(x.dtype) * float(copies))
     if operation == "max and pick":
         results.append(jnp.sum(jnp.where(keep, x, 0), axes))
     return results
+
+
+def _reduce_shapes(x: Array, keep: Array, *, operation: str, num_kept_axes: int) -> list[Any]:
+    result = jax.ShapeDtypeStruct(x.shape[:num_kept_axes], x.dtype)
+    return [result] if operation in ("sum", "max") else [result, result]
+
+
+def _reduce_jvp(primals: Any, tangents: Any, *, operation: str, num_kept_axes: int) -> Any:
+    """Sums and the picked number are linear; the maximum and the count are constants."""
+    results = _reduce.bind(*primals, operation=operation, num_kept_axes=num_kept_axes)
+    result_tangents = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
+    (x, keep), (x_tangent, _) = primals, tangents
+    if not isinstance(x_tangent, ad.Zero):
+        axes = tuple(range(num_kept_axes, x.ndim))
+        if operation in _SUMS:
+            result_tangents[0] = lax.reduce_sum(x_tangent, axes)
+        if operation == "max and pick":
+            result_tangents[1] = lax.reduce_sum(jnp.where(keep, x_tangent, 0), axes)
+    return results, result_tangents
 
 
 def _lower_on_cpu(ctx: Any, *arguments: Any, **params: Any) -> Any:
@@ -120,6 +118,7 @@ def _reduce_batch(arguments: Any, axes: Any, **params: Any) -> Any:
     return batched, [0] * len(batched)
 
 
-_reduce = define_primitive("reduce_and_count", _reduce_apart)
+_reduce = define_primitive("reduce_and_count", _reduce_apart, _reduce_shapes)
+ad.primitive_jvps[_reduce] = _reduce_jvp
 batching.primitive_batchers[_reduce] = _reduce_batch
 mlir.register_lowering(_reduce, _lower_on_cpu, platform="cpu")

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from jaxlosses._kernel import align, reduce_weighted, repeat
+from jaxlosses._kernel import align, reduce_weighted
 from jaxlosses._masking import lifted_losses
 from jaxlosses._typing import (
     AxisName,
@@ -113,6 +114,9 @@ class _Weighted:
         none_absent = not isinstance(weights, Array) and bool(np.all(weights))
         weights = as_array("weights", weights)
         paths, structure = jax.tree_util.tree_flatten_with_path(inputs)
+        for i, value in enumerate(inputs):
+            if not jax.tree.leaves(value):
+                raise ValueError(f"inputs[{i}] must be an array or a pytree of arrays, got {value}")
         arrays = [as_array(f"inputs{jax.tree_util.keystr(path)}", x) for path, x in paths]
         dtype = precision(*arrays, weights)
 
@@ -126,9 +130,9 @@ class _Weighted:
         traced = jax.make_jaxpr(losses_of)(*arrays)
         weights = align(weights, traced.out_avals[0].shape)
         if none_absent:
-            losses = repeat(traced, *arrays) * weights.astype(dtype)
+            losses = _repeat(traced, *arrays) * weights.astype(dtype)
         else:
-            losses = lifted_losses(functools.partial(repeat, traced), weights, *arrays)
+            losses = lifted_losses(functools.partial(_repeat, traced), weights, *arrays)
         return reduce_weighted(losses, weights, reduction=reduction, axis_name=axis_name)
 
     def __repr__(self) -> str:
@@ -151,3 +155,8 @@ class _Weighted:
                 f"of means; lift it with weighted(jax.vmap(...)), or give its number to "
                 f"compute_weighted_loss"
             )
+
+
+def _repeat(traced: ClosedJaxpr, *arrays: Array) -> Array:
+    """What a function that returns one array returned when it was traced."""
+    return jaxpr_as_fun(traced)(*arrays)[0]

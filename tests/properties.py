@@ -5,9 +5,11 @@ import itertools
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from arguments import IMPOSSIBLE, NOT_A_NUMBER, Case, extremes
+from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
@@ -310,6 +312,33 @@ def sharded_is_local(case: Case) -> None:
                 close(case.loss(*placed[:-1], replicated), expected[0], rtol=1e-5)
                 value = jax.jit(case.loss).lower(*placed).compile().as_text()
                 assert "all-gather" not in value, spec
+
+
+def leaves_no_effect(case: Case) -> None:
+    """An effect costs a program JAX's fast way to call it."""
+    values, weights = case.draw(), case.weights()
+    gradient = jax.value_and_grad(case.loss, every_argument(case))
+    assert not jax.make_jaxpr(gradient)(*values, weights).effects
+
+
+def exports_and_reloads(case: Case) -> None:
+    values, weights = case.draw(), case.weights()
+    gradient = jax.jit(jax.value_and_grad(case.loss, every_argument(case)))
+    exported = jax.export.export(gradient, platforms=("cpu", "cuda", "tpu"))(*values, weights)
+    reloaded = jax.export.deserialize(exported.serialize())
+    close(reloaded.call(*values, weights), gradient(*values, weights), rtol=1e-5)
+
+
+def raises_no_false_alarm(case: Case) -> None:
+    """No NaN is made where nothing is wrong, not even to be masked: checkers would find it."""
+    gradient = checkify.checkify(
+        jax.value_and_grad(case.loss, every_argument(case)), errors=checkify.nan_checks
+    )
+    values, weights = case.draw(), case.weights()
+    for label in IMPOSSIBLE["class id"]:
+        hidden = case.hide(values, weights, 0.5, label)
+        gradient(*hidden, weights)[0].throw()
+    gradient(*values, 0 * weights)[0].throw()
 
 
 def raises(loss, *arguments, **options) -> str:
