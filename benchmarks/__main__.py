@@ -2,7 +2,7 @@
 
 import os
 
-# Before anything that reads them is imported.
+# The libraries below read these when they are imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -17,17 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import peers, report, tpu, vocabulary, workloads
+from benchmarks import overheads, peers, report, tpu, vocabulary, workloads
 from benchmarks.timing import interleave
 from benchmarks.workloads import COMPILE, NAIVE, OURS, PAIRWISE, PASSES, SPARSE, SQUARED, XLA, C
 
 
 class Suite:
-    """A method for each section; it returns Markdown. What they leave out, ``notes`` tell."""
+    """Each section is a method that returns Markdown; ``notes`` say what was left out."""
 
     def __init__(self, names: list[str] | None, quick: bool):
         names = names or ([SQUARED, SPARSE] if quick else [*workloads.LOSSES])
-        self.cases, self.quick = list(itertools.product(names, PASSES)), quick
+        self.names, self.quick = names, quick
+        self.cases = list(itertools.product(names, PASSES))
         self.scale, self.rounds, self.turn = (64, 3, 0.001) if quick else (1, 11, 0.04)
         self.peers, self.notes = peers.load()
         self.jax_peers = [peer for peer in self.peers if peer.name in (OURS, NAIVE)]
@@ -51,7 +52,7 @@ class Suite:
                 call = functools.partial(function, *arrays[type(peer)])
                 value = float(call() if mode == "forward" else call()[0])
             except Exception as error:
-                self.excuse(peer.name, f"has no `{name}` (`{mode}`)", error)
+                self.note_failure(peer.name, f"has no `{name}` (`{mode}`)", error)
                 continue
             calls[peer.name], error = call, abs(value / exact - 1)
             rows[peer.name] = {"loss": name, "pass": mode, "peer": peer.name, "error": error}
@@ -62,15 +63,15 @@ class Suite:
             row["rate"] = touched / row["ms"] / 1e6
         return rows
 
-    def excuse(self, peer: str, what: str, error: Exception) -> None:
-        """A peer that fails is a line, not the end; ours is the end."""
+    def note_failure(self, peer: str, what: str, error: Exception) -> None:
+        """Note that a peer failed, and go on without it. An error of ours is raised."""
         if peer == OURS:
             raise error
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         self.notes.append(f"{peer} {what}: {reason}")
 
     def time(self, calls: dict[str, Any], rows: dict[str, dict[str, Any]], rounds: int) -> None:
-        """Milliseconds, and how many times longer than ours, for the row of each call."""
+        """Add to each row the milliseconds of its call, and the ratio to ours."""
         seconds = interleave(calls, rounds, self.turn)
         for peer, row in rows.items():
             row["ms"] = float(np.median(seconds[peer])) * 1e3
@@ -91,7 +92,7 @@ class Suite:
     def sweep(self) -> str:
         some = [p for p in self.peers if p.name in (OURS, NAIVE, COMPILE, XLA, C, "NumPy")]
         for power, mode in itertools.product(range(10, 17 if self.quick else 31, 2), PASSES):
-            columns = min(elements := 2**power // 12, 4096)  # Three arrays of four bytes.
+            columns = min(elements := 2**power // 12, 4096)  # Three arrays, four bytes a number.
             inputs = workloads.make(SQUARED, (elements // columns, columns))
             rows = self.measure(some, SQUARED, mode, inputs, 5)
             self.points += [row | {"bytes": 2**power} for row in rows.values()]
@@ -109,7 +110,7 @@ class Suite:
                 try:
                     call, size = peer(mode, inputs)
                 except Exception as error:
-                    self.excuse(name, f"fails at {where}", error)
+                    self.note_failure(name, f"fails at {where}", error)
                     continue
                 if size > vocabulary.LIMIT:
                     size, limit = report.size(size), report.size(vocabulary.LIMIT)
@@ -130,6 +131,45 @@ class Suite:
         header = ("loss", "pass", f"{OURS}, µs", f"{NAIVE}, µs", "ratio")
         return report.section("Small calls: jitted, on [32, 10]", header, rows)
 
+    def tracing(self) -> str:
+        rows, names = [], self.names * 2
+        for mode in PASSES:
+            print(f"tracing {len(names)} losses ({mode})")
+            found = overheads.trace(self.jax_peers, names, mode, self.rounds)
+            for part, seconds in found.items():
+                cells, ratio = self.over_naive(seconds, 1e3)
+                goal = f"≤ {overheads.GOAL} {'✓' if ratio <= overheads.GOAL else '✗'}"
+                rows.append((f"`{mode}`", part, *cells, goal))
+        header = ("pass", "part", f"{OURS}, ms", f"{NAIVE}, ms", f"{OURS} / {NAIVE}", "goal")
+        text = (
+            f"A model of {len(names)} weighted losses, each of another shape, is traced and "
+            "lowered again in every round: JAX's caches are cleared, and function and shapes are "
+            "new. Nothing is compiled. Above 1 jaxlosses is slower.\n\n"
+        )
+        return report.section("Tracing and lowering", header, rows, text)
+
+    def dispatch(self) -> str:
+        rows = []
+        for num_arrays in (10, 100, 300):
+            print(f"dispatch {num_arrays} arrays")
+            seconds = overheads.dispatch(self.jax_peers, num_arrays, self.rounds, self.turn)
+            rows.append((num_arrays, *self.over_naive(seconds, 1e6)[0]))
+        header = ("arrays", f"{OURS}, µs", f"{NAIVE}, µs", f"{OURS} / {NAIVE}")
+        text = (
+            f"One call of a jitted training step: value and gradient of `{SPARSE}` on [32, 10], "
+            "and further arrays, float32 of [4], that go in and come out. Above 1 jaxlosses is "
+            "slower.\n\n"
+        )
+        return report.section("Dispatch: a step with many arrays", header, rows, text)
+
+    def over_naive(self, seconds: dict[str, Any], unit: float) -> tuple[list[str], float]:
+        """The medians of both, in parts of a second, and the median of the ratios."""
+        ours, naive = seconds[OURS], seconds[NAIVE]
+        ratio = float(np.median(ours / naive))
+        cells = [f"{np.median(s) * unit:.0f}" for s in (ours, naive)] + [f"{ratio:.2f}"]
+        print(f"  {cells[2]:>6} {' '.join(cells[:2])}")
+        return cells, ratio
+
     def accuracy(self) -> str:
         side = 300 if self.quick else 10_000
         many, offset = workloads.make(SQUARED, (side, side)), self.inputs(PAIRWISE)
@@ -140,21 +180,21 @@ class Suite:
         rows = [[p.name, *(error.get(p.name, "") for error in errors)] for p in self.peers]
         rows[0][2] += f" (goal: ≤ 1e-06 {'✓' if found[1][OURS]['error'] <= 1e-6 else '✗'})"
         titles = (f"`{SQUARED}`, {side**2:.0e} elements", f"`{PAIRWISE}`, predictions off by 1000")
-        return report.section("Accuracy: relative error of float64", ("peer", *titles), rows)
+        return report.section("Accuracy: relative error, against float64", ("peer", *titles), rows)
 
     def tpu(self) -> str:
         rows = []
         for title in ["v5e:4x4"] if self.quick else ["v5e:4x4", "v5e:16x16"]:
             try:
                 sharding = tpu.sharding(title)
-            except Exception as error:  # Whatever a missing or busy libtpu raises.
+            except Exception as error:  # A missing or busy libtpu raises several kinds.
                 reason = (str(error).splitlines() or ["no libtpu"])[0]
                 self.notes.append(f"TPU {title} is left out: {reason}")
                 continue
             for (name, mode), peer in itertools.product(self.cases, self.jax_peers):
                 *cells, held = tpu.measure(peer, name, mode, sharding)
                 rows.append((title, f"`{name}`", f"`{mode}`", peer.name, *cells, report.size(held)))
-        title = f"TPU: its compiler's model of one chip, {tpu.ROWS} rows on each"
+        title = f"TPU: what its compiler predicts for each chip, with {tpu.ROWS} rows"
         return report.section(title, ("slice", "loss", "pass", "peer", *tpu.HEADER), rows)
 
     def gpu(self) -> str:
@@ -178,19 +218,23 @@ class Suite:
 
 
 def main() -> None:
-    sections = ("speed", "sweep", "vocabulary", "small", "accuracy", "tpu", "gpu")
+    sections = ("speed", "sweep", "vocabulary", "small", "tracing", "dispatch")
+    sections += ("accuracy", "tpu", "gpu")
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--out-dir", type=Path, default=Path("benchmarks"))
     parser.add_argument("--only", nargs="+", choices=workloads.LOSSES, metavar="LOSS")
     parser.add_argument("--sections", nargs="+", choices=sections, default=sections)
-    parser.add_argument("--quick", action="store_true", help="small sizes, two losses: seconds")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes and two losses, for a quick look"
+    )
     options = parser.parse_args()
     suite, machine = Suite(options.only, options.quick), report.machine()
     with jax.default_device(jax.devices("cpu")[0]):
         parts = [getattr(suite, section)() for section in options.sections]
     options.out_dir.mkdir(parents=True, exist_ok=True)
+    picture = ""
     try:
-        report.picture(options.out_dir / "results.png", suite.rows, suite.points)
+        picture = report.picture(options.out_dir / "results.png", suite.rows, suite.points)
         report.vocabulary_picture(options.out_dir / "vocabulary.png", suite.classes)
     except ImportError as error:
         suite.notes.append(f"The pictures are left out: {error}")
@@ -199,7 +243,7 @@ def main() -> None:
     )
     notes = "".join(f"- {note}\n" for note in suite.notes)
     text = report.INTRODUCTION.format(
-        elements=elements, logits=logits, notes=notes, machine=machine
+        elements=elements, logits=logits, picture=picture, notes=notes, machine=machine
     )
     (options.out_dir / "RESULTS.md").write_text(text + "".join(parts), encoding="utf-8")
     print(f"{notes}Wrote {options.out_dir / 'RESULTS.md'}")

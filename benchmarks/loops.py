@@ -1,4 +1,4 @@
-"""The memory's measure: one plain loop in C for each loss, run by a thread for each core."""
+"""How fast memory allows a loss to be: a plain C loop for each, with one thread on each core."""
 
 import ctypes
 import functools
@@ -34,12 +34,12 @@ SOURCE = r"""
        }                                                                                   \
        out[0] += sum; out[1] += count;)
 #define ROWS(NAME, ...)                                                                    \
-  LOOP(NAME, float loss, sum = 0, top = -FLT_MAX; __VA_ARGS__                              \
+  LOOP(NAME, float loss, sum = 0, max_logit = -FLT_MAX; __VA_ARGS__                        \
        out[0] += w[r] != 0 ? loss * w[r] : 0; out[1] += w[r] != 0;)
 #define LOG_SUM_EXP                                                                        \
-  SIMD(omp simd reduction(max : top)) top = P[i] > top ? P[i] : top;                       \
-  SIMD(omp simd reduction(+ : sum)) sum += expf(P[i] - top);                               \
-  float lse = top + logf(sum);
+  SIMD(omp simd reduction(max : max_logit)) max_logit = P[i] > max_logit ? P[i] : max_logit;\
+  SIMD(omp simd reduction(+ : sum)) sum += expf(P[i] - max_logit);                         \
+  float lse = max_logit + logf(sum);
 
 ELEMENTS(compute_weighted_loss, P[i])
 ELEMENTS(absolute_difference, fabsf(P[i] - Y[i]))
@@ -59,7 +59,7 @@ ROWS(sparse_softmax_cross_entropy, LOG_SUM_EXP loss = lse - P[((const int *)y)[r
 
 
 class NumPyLoop:
-    """Where there is no C compiler: one thread, and every step is a pass over the cache."""
+    """NumPy on one thread, where there is no C compiler."""
 
     def __init__(self, name: str):
         self.name, self.notes = name, {}
@@ -73,14 +73,14 @@ class NumPyLoop:
 
 
 class CLoop(NumPyLoop):
-    """Cannot be made where there is no C compiler."""
+    """One function in C for each loss. Raises an error where there is no C compiler."""
 
     def __init__(self, name: str):
         super().__init__(name)
         self.pool = ThreadPoolExecutor(os.cpu_count())
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "loops.c").write_text(SOURCE)
-            # Linked with -ffast-math, it would change how the whole process rounds.
+            # Linking with -ffast-math would make the whole process treat tiny numbers as zero.
             for command in (f"cc {FLAGS} -c loops.c", "cc -shared -o loops.so loops.o -lm"):
                 subprocess.run(command.split(), cwd=folder, capture_output=True, check=True)
             self.library = ctypes.CDLL(str(Path(folder, "loops.so")))

@@ -1,8 +1,9 @@
-"""What a loss is measured against. A peer's library is imported when the peer is made.
+"""The peers: other libraries that each loss is measured beside, and our own.
 
-A peer turns NumPy inputs into its own ``arrays`` and gives a ``function`` of these for a loss and a
-pass (None where it has none) that returns when the result is there. Its ``notes`` say, by loss, how
-it differs from ours.
+A peer's library is imported when the peer is created. ``arrays`` turns NumPy inputs into the
+library's arrays; ``function`` gives, for a loss and a pass, a function of these arrays that returns
+when its result is ready, or None where the peer does not have the loss. ``notes`` say, for each
+loss, how the peer's differs from ours.
 """
 
 import functools
@@ -45,7 +46,7 @@ def jaxlosses(name: str) -> JaxPeer:
 
 
 def optax_naive(name: str) -> JaxPeer:
-    """What one writes with optax: the losses, times the weights, over ``count_nonzero``."""
+    """The plain way with optax: the losses, times the weights, divided by ``count_nonzero``."""
     import optax
 
     losses = {
@@ -56,17 +57,19 @@ def optax_naive(name: str) -> JaxPeer:
         wl.SPARSE: optax.softmax_cross_entropy_with_integer_labels,
     }
     own = {name: loss for name, loss in wl.formulas(jnp).items() if name not in losses}
-    notes = dict.fromkeys(own, "formula in jax.numpy") | {wl.COSINE: "optax's own normalises"}
+    notes = dict.fromkeys(own, "formula in jax.numpy") | {
+        wl.COSINE: "formula in jax.numpy, as optax's own normalises"
+    }
     return JaxPeer(name, _weigh(own | losses), **notes)
 
 
 def keras(name: str) -> JaxPeer:
-    """Keras's losses, weighed and summed by Keras, over our count."""
+    """Keras's losses, weighed and summed by Keras, divided by our count."""
     os.environ["KERAS_BACKEND"] = "jax"
     from keras import losses as kl
 
     def mean(kind, index=(..., None), **options):
-        # Keras averages over the last axis before it weighs, so the elements get one more.
+        # Keras averages over the last axis before it weighs, so an axis of one is added.
         loss = getattr(kl, kind)(reduction="sum", **options)
         return lambda p, y, w: loss(y[index], p[index], w) / jnp.count_nonzero(w)
 
@@ -80,7 +83,7 @@ def keras(name: str) -> JaxPeer:
         wl.SOFTMAX: mean("CategoricalCrossentropy", ..., from_logits=True),
         wl.SPARSE: mean("SparseCategoricalCrossentropy", ..., from_logits=True),
     } | _weigh({wl.COSINE: lambda p, y: 1 + cosine(y, p)})
-    notes = {"hinge_loss": "looks whether labels are 0 and 1", "log_loss": "clips at 1e-7"}
+    notes = {"hinge_loss": "checks whether labels are 0 and 1", "log_loss": "clips at 1e-7"}
     return JaxPeer(name, losses, cosine_distance="normalises first", **notes)
 
 
@@ -93,14 +96,14 @@ def _weigh(losses: dict[str, Callable]) -> dict[str, Callable]:
 
 
 class TensorFlowPeer:
-    """``tf.compat.v1.losses``, which were ``tf.contrib.losses``, in a graph or through XLA."""
+    """``tf.compat.v1.losses``, formerly ``tf.contrib.losses``, in a graph or compiled by XLA."""
 
     def __init__(self, name: str):
         import tensorflow as tf
 
         tf.config.set_visible_devices([], "GPU")
         self.name, self.tf = name, tf
-        self.notes = {wl.PAIRWISE: "over n - 1 instead of n; difference of squares"}
+        self.notes = {wl.PAIRWISE: "divides by n - 1 instead of n; subtracts two squares"}
 
     def arrays(self, inputs: list[np.ndarray]) -> list[Any]:
         return [self.tf.constant(a) for a in inputs]
@@ -127,7 +130,7 @@ class TensorFlowPeer:
 
 
 class TorchPeer:
-    """The losses of ``torch.nn.functional``, times the weights, over ``count_nonzero``."""
+    """Losses of ``torch.nn.functional``, times the weights, divided by ``count_nonzero``."""
 
     def __init__(self, name: str):
         import torch
@@ -157,7 +160,7 @@ class TorchPeer:
             return (loss(*inputs) * weights).sum() / torch.count_nonzero(weights)
 
         if self.name == wl.COMPILE:
-            torch.compiler.reset()  # Or after eight recompilations it would fall back to eager.
+            torch.compiler.reset()  # Or it stops compiling after eight times.
             forward = torch.compile(forward, dynamic=False)
 
         def value_and_grad(*arguments):

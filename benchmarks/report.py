@@ -1,4 +1,4 @@
-"""The Markdown and the picture."""
+"""The Markdown and the pictures."""
 
 import contextlib
 import importlib.metadata
@@ -25,18 +25,18 @@ INTRODUCTION = """\
 Written by `python -m benchmarks`. A peer that is not installed is left out; for all of them:
 `pip install '.[benchmarks,tpu-aot]'` and a C compiler.
 
-Every loss has the same inputs, the same weights (a tenth of them zero) and the same denominator,
-the count of the weights that are not zero, and its value is compared with float64; where a peer's
-loss is another one, its row says how. float32, XLA's default flags; element-wise losses of
-{elements} with weights of that shape; pairs and vectors of {elements}, and {logits} logits, with a
-weight for each row. `value_and_grad` is with respect to the first input. The runs are interleaved
-in one process; a time is the median over the rounds, and a ratio the median of the rounds' ratios.
-Ratios carry over to other machines, milliseconds do not. OpenMP's threads wait passively, so that
-libraries that share a process do not take each other's cores.
+All peers get the same inputs and the same weights, a tenth of them zero. All divide by the same
+number, the count of the weights that are not zero. Each value is compared with one computed in
+float64. Where a peer computes something else, its row says what. Everything is float32, with XLA's
+default flags. Element-wise losses have inputs of {elements}, and weights of that shape.
+`mean_pairwise_squared_error` and `cosine_distance` have inputs of {elements}, the two softmax
+losses {logits} logits, and all four have one weight for each row. `value_and_grad` is with respect
+to the first input. All peers run in one process and take turns, in rounds. A time is the median
+over the rounds; a ratio is the median of the ratios of each round. Ratios are similar on other
+machines, milliseconds are not. OpenMP's threads sleep while they wait, so that they do not keep a
+core from another library.
 
-![Speed and size](results.png)
-
-{notes}
+{picture}{notes}
 {machine}"""
 
 
@@ -61,7 +61,7 @@ def size(count: float) -> str:
 
 
 def machine() -> str:
-    """On what it was measured."""
+    """The machine and the versions that were measured."""
     rows = {"date": date.today(), "CPU": platform.processor() or platform.machine()}
     with contextlib.suppress(OSError, LookupError, AttributeError):
         rows["load before"] = f"{os.getloadavg()[0]:.1f}"
@@ -77,7 +77,7 @@ def machine() -> str:
 
 
 def speed(rows: list[dict[str, Any]], peers: Sequence[str]) -> str:
-    """The ratios, and then every row with all that is known of it."""
+    """A table of the ratios, and a table of every row with all its numbers."""
     summary, full = [], []
     for name, mode in dict.fromkeys((r["loss"], r["pass"]) for r in rows):
         some = {r["peer"]: r for r in rows if (r["loss"], r["pass"]) == (name, mode)}
@@ -91,8 +91,8 @@ def speed(rows: list[dict[str, Any]], peers: Sequence[str]) -> str:
             full.append([*cells, r.get("temporaries", ""), f"{r['error']:.0e}"])
     header = ("loss", "pass", "peer", "ms", "ratio", "goal", "temporaries", "error")
     text = (
-        "Above 1 jaxlosses is faster, below 1 it is slower. A goal of 1 is to be level, within 5%; "
-        "of 0.77, to be within 1.3 of a plain C loop.\n\n"
+        "Above 1 jaxlosses is faster, below 1 it is slower. A goal of 1 is met from 0.95 on; "
+        "a goal of 0.77 means at most 1.3 times as long as a plain C loop.\n\n"
     )
     title = "Speed: how many times longer than jaxlosses"
     every = f"\n<details><summary>Every row</summary>\n\n{table(header, full)}\n</details>\n"
@@ -105,7 +105,7 @@ def sweep(points: list[dict[str, Any]], peers: Sequence[str]) -> str:
         [size(total), f"`{mode}`", *(rates.get((total, mode, peer), "") for peer in peers)]
         for total, mode in dict.fromkeys(key[:2] for key in rates)
     ]
-    text = "Bytes of predictions, labels, weights and gradient, each once, over the time.\n\n"
+    text = "Bytes of predictions, labels, weights and gradient, divided by the time.\n\n"
     return section("Size: GB/s of `mean_squared_error`", ("inputs", "pass", *peers), rows, text)
 
 
@@ -120,10 +120,11 @@ def vocabulary(points: list[dict[str, Any]], peers: Sequence[str], hidden: str) 
             cells.append(f"{time}, {size(row['temporaries'])}" if row else "")
         rows.append([classes, f"`{mode}`", *cells])
     text = (
-        f"`linear_softmax_cross_entropy` of hidden {hidden} and a kernel that grows, against the "
-        "way through the logits, and tokamax, which takes it too where there is no TPU. For each "
-        "its temporaries, and how many times longer than ours it takes: below 1 ours is slower. "
-        "torch's temporaries are estimated: its copies of the logits.\n\n"
+        f"`linear_softmax_cross_entropy` of hidden {hidden}, with more and more classes, beside "
+        "peers that compute all logits first; tokamax does so too where there is no TPU. A cell "
+        "says how many times longer than ours a peer takes (below 1 ours is slower; our own cell "
+        "has the time), and the size of its temporaries. torch does not report its temporaries: "
+        "they are estimated from its copies of the logits.\n\n"
         "![Time and temporaries](vocabulary.png)\n\n"
     )
     return section("Vocabulary: the last layer", ("classes", "pass", *peers), rows, text)
@@ -133,7 +134,7 @@ def vocabulary_picture(path: Path, points: list[dict[str, Any]]) -> None:
     """Draw how time and temporaries of ``value_and_grad`` grow with the vocabulary."""
     if not points:
         return
-    figure, panels = _panels(figsize=(12, 5))
+    figure, panels = _panels(2, figsize=(12, 5))
     points = [p for p in points if p["pass"] == PASSES[1]]
     titles = {"ratio": "Time over that of jaxlosses", "temporaries": "Temporaries, MB"}
     for panel, (key, title) in zip(panels, titles.items(), strict=True):
@@ -153,25 +154,35 @@ def vocabulary_picture(path: Path, points: list[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def picture(path: Path, rows: list[dict[str, Any]], points: list[dict[str, Any]]) -> None:
-    """Draw the speeds of all losses, and how the cost grows with the size."""
-    figure, panels = _panels(figsize=(14, 7), width_ratios=(5, 4))
-    for panel, draw, shown in zip(panels, (_draw_speed, _draw_sweep), (rows, points), strict=True):
+def picture(path: Path, rows: list[dict[str, Any]], points: list[dict[str, Any]]) -> str:
+    """Draw the speeds of all losses, and how the cost grows with the size, as far as measured.
+
+    Returns the Markdown that shows the picture; nothing where there is nothing to draw.
+    """
+    drawings = ((_draw_speed, rows, 5), (_draw_sweep, points, 4))
+    drawings = [(draw, shown, width) for draw, shown, width in drawings if shown]
+    if not drawings:
+        return ""
+    widths = [width for _, _, width in drawings]
+    figure, panels = _panels(len(widths), figsize=(14 / 9 * sum(widths), 7), width_ratios=widths)
+    for panel, (draw, shown, _) in zip(panels, drawings, strict=True):
         draw(panel, shown)
         _tidy(panel)
         panel.set_axisbelow(True)
         panel.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3)
     figure.savefig(path, dpi=110)
+    return f"![Speed and size]({path.name})\n\n"
 
 
-def _panels(**options: Any) -> Any:
-    """Two of them, side by side. Raises where matplotlib is not installed."""
+def _panels(number: int, **options: Any) -> Any:
+    """A figure and its panels, side by side. Raises an error where matplotlib is not installed."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(1, 2, layout="constrained", **options)
+    figure, panels = plt.subplots(1, number, layout="constrained", squeeze=False, **options)
+    return figure, panels[0]
 
 
 def _tidy(panel: Any) -> None:
@@ -207,7 +218,7 @@ def _draw_sweep(panel: Any, points: list[dict[str, Any]]) -> None:
     for peer, mode in dict.fromkeys((p["peer"], p["pass"]) for p in points):
         line = [(p["bytes"], p["rate"]) for p in points if (p["peer"], p["pass"]) == (peer, mode)]
         style = ":" if mode == PASSES[1] else "--" if peer == C else "-"
-        label = None if mode == PASSES[1] else peer + ", the memory's measure" * (peer == C)
+        label = None if mode == PASSES[1] else peer + ", near the speed of memory" * (peer == C)
         look = {"color": colours.get(peer, "black"), "lw": 3 if peer == OURS else 1.5}
         panel.plot(*zip(*line, strict=True), style, label=label, **look)
     panel.set(xscale="log", yscale="log", xlabel="predictions, labels and weights", ylabel="GB/s")

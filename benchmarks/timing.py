@@ -1,4 +1,4 @@
-"""Interleaved runs."""
+"""Timing of calls that take turns."""
 
 from collections.abc import Callable
 from timeit import timeit
@@ -9,10 +9,11 @@ import numpy as np
 def interleave(
     calls: dict[str, Callable[[], object]], rounds: int, turn: float
 ) -> dict[str, np.ndarray]:
-    """Seconds per call, one number for each round, of calls that return when they are done.
+    """Seconds for one call, in each round. A call must return only when its result is ready.
 
-    In each round every call has one turn of about ``turn`` seconds, so that what else the machine
-    does strikes all alike; short calls are preceded by one that is not timed, for the caches.
+    In each round every call is repeated for about ``turn`` seconds, one after the other, so that
+    other work on the machine slows all of them alike. Short calls run once before they are timed,
+    to fill the processor's caches.
     """
     names, seconds = list(calls), {name: np.zeros(rounds) for name in calls}
     repeats = {name: max(1, round(turn / timeit(call, number=1))) for name, call in calls.items()}

@@ -1,4 +1,4 @@
-"""What the TPU's compiler says, without a TPU, of rows that are sharded over a slice."""
+"""What the TPU's compiler predicts for rows sharded over a slice. No TPU is needed."""
 
 import functools
 import re
@@ -17,13 +17,13 @@ ROWS = 256  # On each chip.
 
 
 def sharding(topology_name: str) -> NamedSharding:
-    """Raises where there is no libtpu."""
+    """The rows over all chips of a slice. Raises an error where there is no libtpu."""
     chips = get_topology_desc(platform="tpu", topology_name=topology_name).devices
     return NamedSharding(Mesh(np.array(chips), ("rows",)), PartitionSpec("rows"))
 
 
 def measure(peer: JaxPeer, name: str, mode: str, sharding: NamedSharding) -> list[Any]:
-    """One chip's share, as in the header."""
+    """The numbers that ``HEADER`` names, for one chip."""
     rows, columns = ROWS * sharding.mesh.size, workloads.shape_of(name)[1]
     struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     inputs = workloads.make(name, (1, columns))

@@ -35,7 +35,7 @@ def load() -> tuple[dict[str, Callable[..., Any]], list[str]]:
 
 
 def make(tokens: int, features: int, classes: int) -> list[np.ndarray]:
-    """Logits with a variance of one."""
+    """Hidden, kernel and labels, with logits of variance one."""
     rng = np.random.default_rng(0)
     hidden = rng.standard_normal((tokens, features), np.float32)
     kernel = rng.standard_normal((features, classes), np.float32) / np.float32(features**0.5)
@@ -43,7 +43,7 @@ def make(tokens: int, features: int, classes: int) -> list[np.ndarray]:
 
 
 def _jitted(loss: Callable, mode: str, inputs: list[np.ndarray]) -> tuple[Callable, float]:
-    """What to call, and the temporaries that it takes."""
+    """A function to time, and the bytes of its temporaries."""
     function = loss if mode == "forward" else jax.value_and_grad(loss, (0, 1))
     compiled = jax.jit(function).lower(*inputs).compile()
     arrays = [jax.device_put(a) for a in inputs]
@@ -70,7 +70,7 @@ def _tokamax() -> Callable:
     import tokamax
     from absl import flags
 
-    flags.FLAGS.mark_as_parsed()  # Or it would read our options as its own.
+    flags.FLAGS.mark_as_parsed()  # Or tokamax reads our command line.
     loss = functools.partial(tokamax.linear_softmax_cross_entropy_loss, reduction="mean")
     return lambda h, k, y: loss(h, y, k)
 
@@ -90,7 +90,7 @@ def _torch() -> Callable:
             value = forward()
             return value.detach(), torch.autograd.grad(value, (hidden, kernel))
 
-        # It does not tell: logits and their logarithms, and then the slopes of both.
+        # An estimate: the logits, their log-softmax, and the gradient of the logits.
         copies = 2 if mode == "forward" else 3
         size = 4 * copies * hidden.shape[0] * kernel.shape[1]
         return torch.no_grad()(forward) if mode == "forward" else value_and_grad, size

@@ -15,7 +15,7 @@ ROW_WEIGHTS = (PAIRWISE, COSINE, SOFTMAX, SPARSE)
 
 
 def formulas(xp: Any) -> dict[str, Callable]:
-    """Losses that are as short in one array library as in another: NumPy, JAX, torch."""
+    """Losses that are written alike in NumPy, JAX and torch."""
     return {
         "compute_weighted_loss": lambda losses: losses,
         "absolute_difference": lambda p, y: xp.abs(p - y),
@@ -33,7 +33,7 @@ LOSSES = formulas(np) | {
     SPARSE: lambda x, y: np.logaddexp.reduce(x, -1) - np.take_along_axis(x, y[:, None], -1)[:, 0],
 }
 
-# How many times longer than ours a peer should take, at least, in each pass.
+# A peer should take at least so many times longer than ours, in each pass.
 _FAST = ({NAIVE: 4, COMPILE: 1}, {NAIVE: 1.5, XLA: 1})
 _LEVEL = ({NAIVE: 1, C: 1 / 1.3}, {NAIVE: 1})
 GOALS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
@@ -46,7 +46,7 @@ GOALS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
 
 
 def goals(name: str, mode: str, ratios: dict[str, float]) -> dict[str, str]:
-    """For each peer the goal and whether it is met; a goal of 1 is to be level, within 5%."""
+    """For each peer the goal and whether it is met; a goal of 1 is met from 0.95 on."""
     found = {}
     for peer, least in GOALS.get(name, ({}, {}))[PASSES.index(mode)].items():
         met = ratios.get(peer, np.nan) >= least * (0.95 if least == 1 else 1)

@@ -222,13 +222,11 @@ def softmax_cross_entropy(
         y = y * (1 - label_smoothing) + label_smoothing / x.shape[-1]
         max_logit = max_of(x, x.ndim - 1)
         log_sum_exp_shifted = _log_sum_exp_shifted(x, max_logit)
-        # Not 0 * inf, yet the derivative with respect to any other label of 0 stays what it is.
-        ruled_out = (y == 0) & jnp.isneginf(x)
-        y, shifted = (jnp.where(ruled_out, 0, a) for a in (y, x - max_logit[..., None]))
-        losses = _expected(y, log_sum_exp_shifted, shifted)
+        losses = _expected(y, log_sum_exp_shifted, x - max_logit[..., None])
         return losses + z_loss * jnp.square(max_logit + log_sum_exp_shifted) if z_loss else losses
 
-    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+    options = {"reduction": reduction, "axis_name": axis_name}
+    return reduce_losses(formula, inputs, weights, num_inner_axes=1, **options)
 
 
 @with_wide_labels
@@ -296,8 +294,8 @@ def sparse_softmax_cross_entropy(
         losses = class_losses(*statistics, label_smoothing=label_smoothing, z_loss=z_loss)
         return nan_if_impossible(losses, y, x.shape[-1])
 
-    inputs = [logits, labels]
-    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+    options = {"reduction": reduction, "axis_name": axis_name}
+    return reduce_losses(formula, [logits, labels], weights, num_inner_axes=1, **options)
 
 
 @jax.custom_jvp
@@ -331,13 +329,18 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 
 @jax.custom_jvp
 def _expected(y: Array, log_sum_exp: Array, x: Array) -> Array:
-    """The mean of ``log_sum_exp - x`` over the classes, each as probable as its label says."""
+    """The mean of ``log_sum_exp - x`` over the classes, each as probable as its label says.
+
+    A class that is ruled out by a logit of minus infinity costs nothing if its label is 0, and the
+    derivative with respect to its label is 0.
+    """
 
     def in_one_pass(y: Array, log_sum_exp: Array, x: Array) -> Array:
-        return sum_of(y * (log_sum_exp[..., None] - x), y.ndim - 1)
+        return sum_of(_product_of_zero(y, log_sum_exp[..., None] - x), y.ndim - 1)
 
     def with_exponentials(y: Array, log_sum_exp: Array, x: Array) -> Array:
-        return log_sum_exp * sum_of(y, y.ndim - 1) - sum_of(y * x, y.ndim - 1)
+        expected_logit = sum_of(_product_of_zero(y, x), y.ndim - 1)
+        return log_sum_exp * sum_of(y, y.ndim - 1) - expected_logit
 
     # A CPU has a pass for each sum. Elsewhere sums that do not wait for log_sum_exp share its pass.
     ways = {"cpu": in_one_pass, "default": with_exponentials}
@@ -347,9 +350,15 @@ def _expected(y: Array, log_sum_exp: Array, x: Array) -> Array:
 @_expected.defjvp
 def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     (y, log_sum_exp, x), (y_tangent, log_sum_exp_tangent, x_tangent) = primals, tangents
-    tangent = jnp.sum(y_tangent * (log_sum_exp[..., None] - x) - y * x_tangent, -1)
+    surprise = jnp.where(jnp.isneginf(x), 0, log_sum_exp[..., None] - x)
+    tangent = jnp.sum(y_tangent * surprise - y * x_tangent, -1)
     # JAX would sum the labels by a reduction of its own, which on a CPU is not fused.
     return _expected(*primals), tangent + sum_of(y, y.ndim - 1) * log_sum_exp_tangent
+
+
+def _product_of_zero(y: Array, x: Array) -> Array:
+    """``y * x``, and 0 where ``y`` is 0, even if ``x`` is infinite."""
+    return jnp.where(y == 0, 0, y * x)
 
 
 def class_losses(

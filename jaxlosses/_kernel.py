@@ -7,14 +7,11 @@ pass over memory.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import get_args
 
-import jax
 from jax import Array
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.typing import ArrayLike
 
 from jaxlosses._masking import LossFunction, masked_losses
@@ -28,6 +25,7 @@ def reduce_losses(
     inputs: Sequence[Array],
     weights: ArrayLike,
     *,
+    num_inner_axes: int = 0,
     reduction: Reduction,
     axis_name: AxisName,
 ) -> Result:
@@ -38,6 +36,7 @@ def reduce_losses(
         inputs: Arrays that begin with the losses' axes. Floating-point inputs reach the formula in
             the precision of the result, integers (class ids) as they are.
         weights: Weights as the caller gave them.
+        num_inner_axes: How many axes of the first input one loss consumes.
         reduction: How to reduce, see the package's docstring.
         axis_name: Mapped axes over which total and count are summed as well.
 
@@ -46,16 +45,10 @@ def reduce_losses(
     """
     weights = as_array("weights", weights)
     inputs = in_precision(inputs, weights)
-    # Traced once, and repeated from the trace for the value and every derivative.
-    traced = jax.make_jaxpr(formula)(*inputs)
-    weights = align(weights, traced.out_avals[0].shape)
-    losses = masked_losses(functools.partial(repeat, traced), weights, *inputs)
+    first = inputs[0].shape
+    weights = align(weights, first[: len(first) - num_inner_axes])
+    losses = masked_losses(formula, weights, *inputs)
     return reduce_weighted(losses, weights, reduction=reduction, axis_name=axis_name)
-
-
-def repeat(traced: ClosedJaxpr, *inputs: Array) -> Array:
-    """What a function that returns one array returned when it was traced."""
-    return jaxpr_as_fun(traced)(*inputs)[0]
 
 
 def align(weights: Array, shape: tuple[int, ...]) -> Array:
@@ -87,7 +80,7 @@ def reduce_weighted(
         return total if axis_name is None else psum(total, axis_name)
     if reduction == "average":
         copies = math.prod(losses.shape) // max(weights.size, 1)
-        total, count = sum_of(losses), sum_of(weights.astype(losses.dtype)) * copies
+        total, count = sum_of(losses), sum_of(weights.astype(losses.dtype)) * float(copies)
     else:
         total, count = sum_and_count(losses, weights.astype(bool))
     if axis_name is not None:

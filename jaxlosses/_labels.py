@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def with_wide_labels(loss: Callable[P, R]) -> Callable[P, R]:
     position = list(inspect.signature(loss).parameters).index("labels")
 
     @functools.wraps(loss)
-    def with_narrow_labels(*args: P.args, **kwargs: P.kwargs) -> R:
+    def with_narrow_labels(*args: Any, **kwargs: Any) -> Any:
         if "labels" in kwargs:
             kwargs["labels"] = _narrow(kwargs["labels"], kwargs)
         elif len(args) > position:
@@ -41,7 +42,7 @@ def with_wide_labels(loss: Callable[P, R]) -> Callable[P, R]:
             args = (*args[:position], labels, *args[position + 1 :])
         return loss(*args, **kwargs)
 
-    return with_narrow_labels
+    return cast(Callable[P, R], with_narrow_labels)
 
 
 def _narrow(labels: Any, options: dict[str, Any]) -> Any:
@@ -142,13 +143,15 @@ def _check_rule(*arguments: Any, classes: int) -> Any:
     return error, _check_p.bind(labels, present, classes=classes)
 
 
-_check_p = define_primitive(
-    "check_labels", lambda labels, present, *, classes: [labels], elementwise=True
-)
+def _labels_alone(labels: Array, present: Array, *, classes: int) -> list[Array]:
+    """What the check computes: nothing."""
+    return [labels]
+
+
+_check_p = define_primitive("check_labels", _labels_alone, _labels_alone, elementwise=True)
 try:
     # The table of what checkify knows of primitives is private to JAX.
-    from jax._src import checkify as rules
-
+    rules: Any = importlib.import_module("jax._src.checkify")
     rules.error_checks[_check_p] = _check_rule
     _HAS_CHECKIFY_RULES = True
 except (ImportError, AttributeError):

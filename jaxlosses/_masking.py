@@ -32,7 +32,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad
 
@@ -47,89 +47,85 @@ def masked_losses(formula: LossFunction, weights: Array, *inputs: Array) -> Arra
     """``weights * formula(*inputs)``, and 0 where a weight is zero, whatever the inputs are there.
 
     Args:
-        formula: The losses, each from its own place of the inputs.
+        formula: The losses, each from its own place of the inputs. It closes over no traced array.
         weights: Weights with as many axes as the losses, each equal to theirs or 1.
         inputs: Arrays that begin with the losses' axes, in the precision of the result.
     """
     losses = formula(*inputs)
-    return jnp.where(weights.astype(bool), losses, 0) * weights.astype(losses.dtype)
+    return _select(weights.astype(bool), losses) * weights.astype(losses.dtype)
 
 
 def _masked_losses_jvp(formula: LossFunction, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    weights, *inputs = primals
+    absent = primals[0] == 0
     weights_tangent, *input_tangents = tangents
-    losses = masked_losses(formula, *primals)
-    tangent = jnp.zeros_like(losses)
     positions = tuple(i for i, t in enumerate(input_tangents) if _has_tangent(t))
-    if positions:
-        derivatives = _weighed_derivatives(formula, positions, weights, *inputs)
-        for derivative, i in zip(derivatives, positions, strict=True):
-            product = _masked_product(weights.astype(bool), derivative, input_tangents[i])
-            tangent += jnp.sum(product, tuple(range(losses.ndim, product.ndim)))
-    if _has_tangent(weights_tangent):
-        tangent += _finite_losses(formula, *primals) * weights_tangent.astype(tangent.dtype)
-    return losses, tangent
+    of_weights = _has_tangent(weights_tangent)
+    losses, *derivatives = _losses_and_derivatives(formula, positions, of_weights, *primals)
+    terms = []
+    for derivative, i in zip(derivatives, positions, strict=False):
+        product = _masked_product(absent, derivative, input_tangents[i])
+        inner_axes = tuple(range(losses.ndim, product.ndim))
+        terms.append(lax.reduce_sum(product, inner_axes) if inner_axes else product)
+    if of_weights:
+        terms.append(derivatives[-1] * weights_tangent.astype(losses.dtype))
+    return losses, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(losses)
 
 
 masked_losses.defjvp(_masked_losses_jvp, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _weighed_derivatives(
-    formula: LossFunction, positions: tuple[int, ...], weights: Array, *inputs: Array
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _losses_and_derivatives(
+    formula: LossFunction,
+    positions: tuple[int, ...],
+    of_weights: bool,
+    weights: Array,
+    *inputs: Array,
 ) -> list[Array]:
-    """The derivative of each weighted loss with respect to its own place of some inputs.
+    """Masked losses, and their derivatives with respect to some inputs, and to the weights.
 
-    Where a place is absent it is 0 or NaN.
+    Where a place is absent, the derivative with respect to an input is 0 or not finite.
     """
     formula_of, *points = _as_function_of(positions, formula, inputs)
     losses, pullback = jax.vjp(formula_of, *points)
-    return list(pullback(jnp.ones_like(losses) * weights.astype(losses.dtype)))
+    present, scale = weights.astype(bool), weights.astype(losses.dtype)
+    derivatives = pullback(jnp.ones_like(losses) * scale)
+    finite_losses = [_select(present | jnp.isfinite(losses), losses)] if of_weights else []
+    return [_select(present, losses) * scale, *derivatives, *finite_losses]
 
 
-def _weighed_derivatives_jvp(
-    formula: LossFunction, positions: tuple[int, ...], primals: Any, tangents: Any
+def _losses_and_derivatives_jvp(
+    formula: LossFunction,
+    positions: tuple[int, ...],
+    of_weights: bool,
+    primals: Any,
+    tangents: Any,
 ) -> tuple[Any, Any]:
-    def derivatives(weights: Array, *inputs: Array) -> list[Array]:
-        lifted = functools.partial(lifted_losses, formula, weights)
-        lifted_of, *points = _as_function_of(positions, lifted, inputs)
-        losses, pullback = jax.vjp(lifted_of, *points)
-        return list(pullback(jnp.ones_like(losses)))
+    def lifted(weights: Array, *inputs: Array) -> list[Array]:
+        usable = functools.partial(_usable_losses, formula, weights.astype(bool))
+        losses, pullback = jax.vjp(*_as_function_of(positions, usable, inputs))
+        scale = weights.astype(losses.dtype)
+        derivatives = pullback(jnp.ones_like(losses) * scale)
+        return [losses * scale, *derivatives, *[losses] * of_weights]
 
-    return _jvp(derivatives, primals, tangents)
-
-
-_weighed_derivatives.defjvp(_weighed_derivatives_jvp, symbolic_zeros=True)
+    return _jvp(lifted, primals, tangents)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _finite_losses(formula: LossFunction, weights: Array, *inputs: Array) -> Array:
-    """The derivative with respect to the weights: the losses, 0 where absent and not finite."""
-    losses = formula(*inputs)
-    return jnp.where(weights.astype(bool) | jnp.isfinite(losses), losses, 0)
-
-
-def _finite_losses_jvp(formula: LossFunction, primals: Any, tangents: Any) -> tuple[Any, Any]:
-    def losses(weights: Array, *inputs: Array) -> Array:
-        return _usable_losses(formula, weights.astype(bool), inputs)
-
-    return _jvp(losses, primals, tangents)
-
-
-_finite_losses.defjvp(_finite_losses_jvp, symbolic_zeros=True)
+_losses_and_derivatives.defjvp(_losses_and_derivatives_jvp, symbolic_zeros=True)
 
 
 def lifted_losses(function: LossFunction, weights: Array, *inputs: Array) -> Array:
     """``weights * function(*inputs)``, with harmless inputs where absent ones would do harm.
 
     A place is replaced where it is absent and its loss, or the derivative of its loss, is not
-    finite. Arguments are those of :func:`masked_losses`, but a loss may depend on other places.
+    finite. Arguments are those of :func:`masked_losses`, but a loss may depend on other places, and
+    the function may close over traced arrays.
     """
-    losses = _usable_losses(function, weights.astype(bool), inputs)
+    losses = _usable_losses(function, weights.astype(bool), *inputs)
     return losses * weights.astype(losses.dtype)
 
 
-def _usable_losses(function: LossFunction, present: Array, inputs: Sequence[Array]) -> Array:
+def _usable_losses(function: LossFunction, present: Array, *inputs: Array) -> Array:
     usable = present | _is_differentiable(function, inputs)
     replaced = [jnp.where(_expand(usable, x), x, _placeholder(i, x)) for i, x in enumerate(inputs)]
     return jnp.where(usable, function(*replaced), 0)
@@ -137,7 +133,7 @@ def _usable_losses(function: LossFunction, present: Array, inputs: Sequence[Arra
 
 def _is_differentiable(function: LossFunction, inputs: Sequence[Array]) -> Array:
     """Which losses are finite and have finite derivatives."""
-    inputs = [jax.lax.stop_gradient(x) for x in inputs]
+    inputs = [lax.stop_gradient(x) for x in inputs]
     positions = [i for i, x in enumerate(inputs) if is_float(x)]
     function_of, *points = _as_function_of(positions, function, inputs)
 
@@ -175,7 +171,7 @@ def _placeholder(index: int, x: Array) -> Array:
     spread = jnp.full(x.shape, np.uint32(index * 0x632BE5AB % 2**32))
     for axis in range(x.ndim):
         step = np.uint32(0x9E3779B1 * (2 * axis + 1) % 2**32)
-        spread += step * jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        spread += step * lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     return 0.25 + spread.astype(x.dtype) * 2.0**-33 + jnp.zeros_like(x)
 
 
@@ -202,45 +198,60 @@ def _as_function_of(
     return [function_of, *(arguments[i] for i in positions)]
 
 
+def _select(mask: Array, x: Array) -> Array:
+    """``x``, and 0 where the mask is not set."""
+    return lax.select(_broadcast(mask, x), x, lax.full_like(x, 0))
+
+
+def _broadcast(mask: Array, like: Array) -> Array:
+    """The mask in the shape of ``like``, and sharded like it."""
+    if mask.shape == like.shape and jax.typeof(mask).sharding == jax.typeof(like).sharding:
+        return mask
+    return mask | lax.full_like(like, False, bool)
+
+
 def _expand(x: Array, like: Array) -> Array:
     """``x`` with an axis of one for each axis that ``like`` has behind its own."""
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
 
 
-def _masked_product(present: Array, derivative: Array, tangent: Array) -> Array:
+def _masked_product(absent: Array, derivative: Array, tangent: Array) -> Array:
     """``derivative * tangent``, and 0 where a place is absent and that is not finite."""
     tangent = tangent.astype(derivative.dtype)
-    present = _expand(present, derivative) | jnp.zeros_like(derivative, bool)
-    (product,) = _masked_product_p.bind(*vary_alike(present, derivative, tangent))
+    absent = _broadcast(_expand(absent, derivative), derivative)
+    (product,) = _masked_product_p.bind(*vary_alike(absent, derivative, tangent))
     return product
 
 
-def _multiply(present: Array, x: Array, y: Array) -> list[Array]:
-    product = x * y
-    return [jnp.where(present | jnp.isfinite(product), product, 0)]
+def _multiply(absent: Array, x: Array, y: Array) -> list[Array]:
+    product = lax.mul(x, y)
+    is_finite = lax.abs(product) < np.inf  # Not lax.is_finite, which a GPU's softmax kernel lacks.
+    return [lax.select(absent & ~is_finite, lax.full_like(product, 0), product)]
 
 
 def _multiply_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    present, x, y = primals
+    absent, x, y = primals
     _, x_tangent, y_tangent = tangents
-    product = _masked_product_p.bind(present, x, y)
+    product = _masked_product_p.bind(absent, x, y)
     terms = []
     if not isinstance(x_tangent, ad.Zero):
-        terms += _masked_product_p.bind(present, x_tangent, y)
+        terms += _masked_product_p.bind(absent, x_tangent, y)
     if not isinstance(y_tangent, ad.Zero):
-        terms += _masked_product_p.bind(present, x, y_tangent)
+        terms += _masked_product_p.bind(absent, x, y_tangent)
     return product, [sum(terms[1:], terms[0])]
 
 
-def _multiply_transpose(cotangents: Any, present: Any, x: Any, y: Any) -> list[Any]:
+def _multiply_transpose(cotangents: Any, absent: Any, x: Any, y: Any) -> list[Any]:
     (cotangent,) = cotangents
     if isinstance(cotangent, ad.Zero):
         return [None, None, None]
     if ad.is_undefined_primal(x):
-        return [None, *_masked_product_p.bind(present, cotangent, y), None]
-    return [None, None, *_masked_product_p.bind(present, x, cotangent)]
+        return [None, *_masked_product_p.bind(absent, cotangent, y), None]
+    return [None, None, *_masked_product_p.bind(absent, x, cotangent)]
 
 
-_masked_product_p = define_primitive("masked_product", _multiply, elementwise=True)
+_masked_product_p = define_primitive(
+    "masked_product", _multiply, lambda absent, x, y: [x], elementwise=True
+)
 ad.primitive_jvps[_masked_product_p] = _multiply_jvp
 ad.primitive_transposes[_masked_product_p] = _multiply_transpose

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 T = TypeVar("T")
@@ -84,8 +84,10 @@ class WeightedMean:
 def divide(total: ArrayLike, count: ArrayLike) -> Array:
     """``total / count`` in the total's precision, 0 (and no derivative) where the count is 0."""
     total = widen(total)
-    count = jnp.asarray(count).astype(total.dtype)
-    return jnp.where(count == 0, 0, total / jnp.where(count == 0, 1, count))
+    count = jnp.broadcast_to(jnp.asarray(count).astype(total.dtype), total.shape)
+    zero = lax.full_like(total, 0)
+    is_empty = lax.eq(count, zero)
+    return lax.select(is_empty, zero, lax.div(total, lax.select(is_empty, zero + 1, count)))
 
 
 def widen(x: ArrayLike) -> Array:

@@ -10,26 +10,35 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jax.sharding import AxisType
 
 
 def define_primitive(
-    name: str, function: Callable[..., list[Array]], *, elementwise: bool = False
+    name: str,
+    function: Callable[..., list[Array]],
+    shapes: Callable[..., list[Any]] | None = None,
+    *,
+    elementwise: bool = False,
 ) -> Primitive:
     """A primitive that computes ``function(*arrays, **params)``, a list of arrays.
 
     Args:
         name: Its name in a jaxpr.
         function: What it computes, in operations of JAX; keyword-only arguments are its params.
+        shapes: ``shapes(*arrays, **params)`` returns something with the shape and the dtype of each
+            result. It saves tracing the function, where no mesh asks how the results are sharded.
         elementwise: All arrays have one shape and every axis is alike, so that under ``vmap`` it is
             the same primitive with one more axis. Other primitives need a batching rule.
     """
     params = inspect.signature(function).parameters.values()
     static = [p.name for p in params if p.kind is p.KEYWORD_ONLY]
 
-    def shapes(*avals: Any, **params: Any) -> Any:
+    def abstract(*avals: Any, **params: Any) -> Any:
+        if shapes and all(a.sharding.mesh.empty for a in avals):
+            return [ShapedArray(r.shape, r.dtype) for r in shapes(*avals, **params)]
         return jax.make_jaxpr(functools.partial(function, **params))(*avals).out_avals
 
     def batch(arrays: Any, axes: Any, **params: Any) -> Any:
@@ -41,7 +50,7 @@ def define_primitive(
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(jax.jit(function, static_argnames=static))
-    primitive.def_abstract_eval(shapes)
+    primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=True))
     if elementwise:
         batching.primitive_batchers[primitive] = batch

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.core import ShapedArray
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from jaxlosses._primitive import define_primitive
 from jaxlosses._reduce_cpu import reduce_together
@@ -23,7 +24,6 @@ from jaxlosses._reduce_cpu import reduce_together
 _SUMS = ("sum", "sum and count")  # The other operations are "max" and "max and pick".
 
 
-@jax.custom_jvp
 def sum_and_count(x: Array, mask: Array) -> tuple[Array, Array]:
     """The sum of all of ``x``, and the exact number of its places where ``mask`` is True.
 
@@ -33,30 +33,16 @@ def sum_and_count(x: Array, mask: Array) -> tuple[Array, Array]:
     return total, count
 
 
-@sum_and_count.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    total, count = sum_and_count(*primals)
-    return (total, count), (jnp.sum(tangents[0]), jnp.zeros_like(count))
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def sum_of(x: Array, num_kept_axes: int = 0) -> Array:
     """The sum over all axes except the first ``num_kept_axes``."""
     return _reduce_one(x, "sum", num_kept_axes)
 
 
-@sum_of.defjvp
-def _(num_kept_axes: int, primals: Any, tangents: Any) -> Any:
-    (x,), (x_tangent,) = primals, tangents
-    return sum_of(x, num_kept_axes), jnp.sum(x_tangent, tuple(range(num_kept_axes, x.ndim)))
-
-
 def max_of(x: Array, num_kept_axes: int = 0) -> Array:
     """The maximum over all axes except the first ``num_kept_axes``; its derivative counts as 0."""
-    return _reduce_one(jax.lax.stop_gradient(x), "max", num_kept_axes)
+    return _reduce_one(x, "max", num_kept_axes)
 
 
-@jax.custom_jvp
 def max_and_pick(x: Array, mask: Array) -> tuple[Array, Array]:
     """The maximum of each row, as by :func:`max_of`, and the number where the mask is True.
 
@@ -66,17 +52,9 @@ def max_and_pick(x: Array, mask: Array) -> tuple[Array, Array]:
     return maximum, picked
 
 
-@max_and_pick.defjvp
-def _(primals: Any, tangents: Any) -> Any:
-    (_, mask), (x_tangent, _) = primals, tangents
-    maximum, picked = max_and_pick(*primals)
-    picked_tangent = jnp.sum(jnp.where(mask, x_tangent, 0), -1)
-    return (maximum, picked), (jnp.zeros_like(maximum), picked_tangent)
-
-
 def _reduce_one(x: Array, operation: str, num_kept_axes: int) -> Array:
     """A reduction that has one result, and no use for the mask."""
-    mask = jnp.ones((1,) * x.ndim, bool)
+    mask = np.ones((1,) * x.ndim, bool)
     (reduced,) = _reduce_p.bind(x, mask, operation=operation, num_kept_axes=num_kept_axes)
     return reduced
 
@@ -94,10 +72,29 @@ def _reduce_separately(
     results = [(jnp.sum if operation in _SUMS else jnp.max)(x, axes)]
     if operation == "sum and count":
         copies = math.prod(x.shape) // max(mask.size, 1)
-        results.append(jnp.sum(mask, dtype=count_dtype or x.dtype).astype(x.dtype) * copies)
+        results.append(jnp.sum(mask, dtype=count_dtype or x.dtype).astype(x.dtype) * float(copies))
     if operation == "max and pick":
         results.append(jnp.sum(jnp.where(mask, x, 0), axes))
     return results
+
+
+def _reduce_shapes(x: Array, mask: Array, *, operation: str, num_kept_axes: int) -> list[Any]:
+    result = jax.ShapeDtypeStruct(x.shape[:num_kept_axes], x.dtype)
+    return [result] if operation in ("sum", "max") else [result, result]
+
+
+def _reduce_jvp(primals: Any, tangents: Any, *, operation: str, num_kept_axes: int) -> Any:
+    """Sums and the picked number are linear; the maximum and the count are constants."""
+    results = _reduce_p.bind(*primals, operation=operation, num_kept_axes=num_kept_axes)
+    result_tangents: list[Any] = [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
+    (x, mask), (x_tangent, _) = primals, tangents
+    if not isinstance(x_tangent, ad.Zero):
+        axes = tuple(range(num_kept_axes, x.ndim))
+        if operation in _SUMS:
+            result_tangents[0] = lax.reduce_sum(x_tangent, axes)
+        if operation == "max and pick":
+            result_tangents[1] = lax.reduce_sum(jnp.where(mask, x_tangent, 0), axes)
+    return results, result_tangents
 
 
 def _lower_on_cpu(ctx: Any, *arguments: Any, **params: Any) -> Any:
@@ -123,6 +120,7 @@ def _reduce_batch(arguments: Any, axes: Any, **params: Any) -> Any:
     return batched, [0] * len(batched)
 
 
-_reduce_p = define_primitive("reduce_and_count", _reduce_separately)
+_reduce_p = define_primitive("reduce_and_count", _reduce_separately, _reduce_shapes)
+ad.primitive_jvps[_reduce_p] = _reduce_jvp
 batching.primitive_batchers[_reduce_p] = _reduce_batch
 mlir.register_lowering(_reduce_p, _lower_on_cpu, platform="cpu")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 
 _BLOCK = 4096  # How many numbers are added one by one. More would round away more digits.
 _SHORT_ROW = 256
@@ -33,41 +34,51 @@ def reduce_together(x: Array, mask: Array, *, operation: str, num_kept_axes: int
     columns = row if row >= _SHORT_ROW else size
     is_sum = operation in ("sum", "sum and count")
     start, combine = (0, _add) if is_sum else (-jnp.inf, _max)
-    mask = jnp.broadcast_to(mask, x.shape)
     if operation == "max and pick":
         # Exactly one entry of a row is non-zero, so the sum of the raw bits is that entry.
-        bits = jnp.int32 if x.dtype.itemsize == 4 else jnp.int64
-        integers = jnp.where(mask, jax.lax.bitcast_convert_type(x, bits), 0)
+        bits = lax.bitcast_convert_type(x, jnp.int32 if x.dtype.itemsize == 4 else jnp.int64)
+        integers = lax.select(mask, bits, lax.full_like(bits, 0))
     else:
-        integers = mask.astype(jnp.int32)
-    pair = [a.reshape(*kept, size // columns, columns) for a in (x, integers)]
+        integers = jnp.broadcast_to(lax.convert_element_type(mask, jnp.int32), x.shape)
     # A maximum rounds nothing, so its blocks may be whole rows.
-    reduced, count = _reduce_blocks(pair, start, combine, _width(columns) if is_sum else columns)
-    while (num_blocks := reduced.shape[-1]) > 1:
+    width = _width(columns) if is_sum else columns
+    shape = (*kept, size // columns, columns)
+    reduced, count = _reduce_blocks([x, integers], start, combine, shape, width)
+    while reduced.shape != kept:
         # Counts of blocks fit into int32; their sum may not.
         count = count if size < 2**31 else count.astype(x.dtype)
-        pair = [a[..., None, :] for a in (reduced, count)]
-        reduced, count = _reduce_blocks(pair, start, combine, _width(num_blocks))
-    reduced, count = reduced[..., 0], count[..., 0]
+        num_blocks = reduced.shape[-1]
+        shape, width = (*kept, 1, num_blocks), _width(num_blocks)
+        reduced, count = _reduce_blocks([reduced, count], start, combine, shape, width)
     if operation == "max and pick":
-        count = jax.lax.bitcast_convert_type(count, x.dtype)
+        count = lax.bitcast_convert_type(count, x.dtype)
     # XLA would remove a result that is not used, and the rest would no longer be fused.
     if operation != "sum and count":
-        reduced, count = jax.lax.optimization_barrier((reduced, count))
+        reduced, count = lax.optimization_barrier((reduced, count))
     return [reduced] if operation in ("sum", "max") else [reduced, count.astype(x.dtype)]
 
 
-def _reduce_blocks(pair: Sequence[Array], start: float, combine: Any, width: int) -> list[Array]:
-    """Reduce ``[..., rows, columns]`` to a number for each block of a row, ``[..., blocks]``."""
-    *kept, rows, columns = pair[0].shape
-    starts = [jnp.asarray(value, a.dtype) for value, a in zip((start, 0), pair, strict=True)]
-    # XLA fuses a pad with the computation of its input. Two slices it would not fuse.
-    edges = [(0, 0, 0)] * (len(kept) + 1) + [(0, -columns % width, 0)]
-    padded = [jax.lax.pad(a, value, edges) for a, value in zip(pair, starts, strict=True)]
-    blocks = [a.reshape(*kept, rows * (-(-columns // width)), width) for a in padded]
-    return jax.lax.reduce(blocks, starts, combine, (len(kept) + 1,))
+def _reduce_blocks(
+    pair: Sequence[Array], start: float, combine: Any, shape: Sequence[int], width: int
+) -> list[Array]:
+    """Reduce ``[..., rows, columns]`` to a number for each block of a row, ``[..., blocks]``.
+
+    Where there is one block in all, the last axis is left out.
+    """
+    *kept, rows, columns = shape
+    starts = [np.asarray(value, a.dtype) for value, a in zip((start, 0), pair, strict=True)]
+    if padding := -columns % width:
+        # XLA fuses a pad with the computation of its input. Two slices it would not fuse.
+        edges = [(0, 0, 0)] * (len(kept) + 1) + [(0, padding, 0)]
+        pair = [lax.reshape(a, shape) for a in pair]
+        pair = [lax.pad(a, value, edges) for a, value in zip(pair, starts, strict=True)]
+    num_blocks = rows * (-(-columns // width))
+    blocked = (*kept, num_blocks, width) if num_blocks > 1 else (*kept, width)
+    pair = [a if a.shape == blocked else lax.reshape(a, blocked) for a in pair]
+    return lax.reduce(pair, starts, combine, (len(blocked) - 1,))
 
 
+@functools.cache
 def _width(columns: int) -> int:
     """The length of a block: near ``_BLOCK``, a divisor if possible, because padding is slow."""
     near = itertools.chain(range(_BLOCK, _BLOCK // 8, -1), range(_BLOCK + 1, 8 * _BLOCK))
@@ -75,8 +86,8 @@ def _width(columns: int) -> int:
 
 
 def _add(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
-    return [a[0] + b[0], a[1] + b[1]]
+    return [lax.add(a[0], b[0]), lax.add(a[1], b[1])]
 
 
 def _max(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
-    return [jax.lax.max(a[0], b[0]), a[1] + b[1]]
+    return [lax.max(a[0], b[0]), lax.add(a[1], b[1])]

@@ -201,7 +201,8 @@ def mean_pairwise_squared_error(
     def formula(p: Array, y: Array) -> Array:
         return 2 * _variance(p, y)
 
-    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+    options = {"reduction": reduction, "axis_name": axis_name}
+    return reduce_losses(formula, inputs, weights, num_inner_axes=inputs[0].ndim - 1, **options)
 
 
 @jit
@@ -250,7 +251,8 @@ def cosine_distance(
     def formula(p: Array, y: Array) -> Array:
         return 1 - sum_of(p * y, p.ndim - 1)
 
-    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+    options = {"reduction": reduction, "axis_name": axis_name}
+    return reduce_losses(formula, inputs, weights, num_inner_axes=1, **options)
 
 
 @jax.custom_jvp
@@ -269,9 +271,22 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 
 
 def _centred(p: Array, y: Array) -> Array:
-    # Not of p - y, which XLA would then keep in memory from this pass to the next.
-    mean = -sum_of(y - p, 1) / _sample_size(p)
-    return (p - y) - mean.reshape(-1, *(1,) * (p.ndim - 1))
+    """The differences less their mean over the sample."""
+
+    def in_one_kernel(p: Array, y: Array) -> Array:
+        return (p - y) - _mean_of_samples(p - y)
+
+    def in_two_passes(p: Array, y: Array) -> Array:
+        # Not of p - y, which XLA would then keep in memory from one pass to the next.
+        return (p - y) + _mean_of_samples(y - p)
+
+    # A GPU's kernel keeps a sample from its first reading to its second.
+    ways = {"cuda": in_one_kernel, "default": in_two_passes}
+    return jax.lax.platform_dependent(p, y, **ways)
+
+
+def _mean_of_samples(x: Array) -> Array:
+    return (sum_of(x, 1) / _sample_size(x)).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def _sample_size(samples: Array) -> int:

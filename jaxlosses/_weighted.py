@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.extend.core import jaxpr_as_fun
 
-from jaxlosses._kernel import align, reduce_weighted, repeat
+from jaxlosses._kernel import align, reduce_weighted
 from jaxlosses._masking import lifted_losses
 from jaxlosses._typing import (
     AxisName,
@@ -96,14 +96,15 @@ class _Weighted:
 
     def __call__(
         self,
-        *inputs: Any,
+        *arguments: Any,
         weights: Weights = _ONES,
         reduction: Reduction = "mean",
         axis_name: AxisName = None,
         **options: Any,
     ) -> Result:
+        inputs = list(arguments)
         if len(inputs) == self.num_inputs + 1 and weights is _ONES:
-            *inputs, weights = inputs
+            weights = inputs.pop()
         if len(inputs) != self.num_inputs:
             raise TypeError(
                 f"{self} takes {self.num_inputs} inputs (num_inputs), and then weights; "
@@ -113,6 +114,9 @@ class _Weighted:
         none_absent = not isinstance(weights, Array) and bool(np.all(weights))
         weights = as_array("weights", weights)
         paths, structure = jax.tree_util.tree_flatten_with_path(inputs)
+        for i, value in enumerate(inputs):
+            if not jax.tree.leaves(value):
+                raise ValueError(f"inputs[{i}] must be an array or a pytree of arrays, got {value}")
         arrays = [as_array(f"inputs{jax.tree_util.keystr(path)}", x) for path, x in paths]
         dtype = precision(*arrays, weights)
 
@@ -123,12 +127,16 @@ class _Weighted:
 
         arrays = in_precision(arrays, weights)
         # Traced once, and repeated from the trace, to see what is finite and for the losses.
-        traced = jax.make_jaxpr(losses_of)(*arrays)
-        weights = align(weights, traced.out_avals[0].shape)
+        traced, result = jax.make_jaxpr(losses_of, return_shape=True)(*arrays)
+        weights = align(weights, result.shape)
+
+        def repeated(*arrays: Array) -> Array:
+            return jaxpr_as_fun(traced)(*arrays)[0]
+
         if none_absent:
-            losses = repeat(traced, *arrays) * weights.astype(dtype)
+            losses = repeated(*arrays) * weights.astype(dtype)
         else:
-            losses = lifted_losses(functools.partial(repeat, traced), weights, *arrays)
+            losses = lifted_losses(repeated, weights, *arrays)
         return reduce_weighted(losses, weights, reduction=reduction, axis_name=axis_name)
 
     def __repr__(self) -> str:

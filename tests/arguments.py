@@ -24,16 +24,18 @@ class Case:
     loss: Callable[..., Any]
     inputs: dict[str, ArraySpec]
     batch: tuple[int, ...] = (4, 3)
+    is_lifted: bool = False
+    is_coupled: bool = False  # A loss depends on other rows.
 
     @property
     def losses_shape(self) -> tuple[int, ...]:
-        per_sample = any("elements" in held.inner for held in self.inputs.values())
+        per_sample = any("elements" in spec.inner for spec in self.inputs.values())
         return self.batch[:1] if per_sample else self.batch
 
     def shape(self, name: str, batch: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        held = self.inputs[name]
-        inner = () if held.inner == ("elements",) else (CLASSES,) * len(held.inner)
-        return inner if held.shared else (self.batch if batch is None else batch) + inner
+        spec = self.inputs[name]
+        inner = () if spec.inner == ("elements",) else (CLASSES,) * len(spec.inner)
+        return inner if spec.shared else (self.batch if batch is None else batch) + inner
 
     def draw(self, seed: int = 0, batch: tuple[int, ...] | None = None) -> list[Any]:
         """What all losses share is the same whatever the seed."""
@@ -45,8 +47,8 @@ class Case:
 
     def of_each(self, function: Callable[[Any], Any], values: list[Any]) -> list[Any]:
         """``function`` of the inputs but those that all losses share."""
-        held = self.inputs.values()
-        return [v if h.shared else function(v) for v, h in zip(values, held, strict=True)]
+        spec = self.inputs.values()
+        return [v if h.shared else function(v) for v, h in zip(values, spec, strict=True)]
 
     def weights(self, seed: int = 0) -> Any:
         """Weights of the losses' shape, with a zero in row 0 and a whole row 1 of zeros."""
@@ -58,20 +60,20 @@ class Case:
     def hide(self, values: list[Any], weights: Any, rubbish: float, label: int) -> list[Any]:
         """The inputs with rubbish wherever the weight is zero."""
         hidden = []
-        for value, held in zip(values, self.inputs.values(), strict=True):
-            if held.shared:
+        for value, spec in zip(values, self.inputs.values(), strict=True):
+            if spec.shared:
                 hidden.append(value)
                 continue
             mask = np.asarray(weights == 0)
             mask = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
-            filler = label if held.domain == "class id" else rubbish
+            filler = label if spec.domain == "class id" else rubbish
             hidden.append(jnp.where(mask, jnp.asarray(filler, value.dtype), value))
         return hidden
 
     @property
     def computes(self) -> bool:
         """Whether it computes, with what its losses share, more than it reads."""
-        return any(held.shared for held in self.inputs.values())
+        return any(spec.shared for spec in self.inputs.values())
 
     @property
     def floats(self) -> tuple[int, ...]:
@@ -86,10 +88,40 @@ def cases(package: ModuleType) -> dict[str, Case]:
         if name.startswith("_") or not callable(value) or inspect.isclass(value):
             continue
         hints = typing.get_type_hints(inspect.unwrap(value), include_extras=True)
-        held = {k: h.__metadata__[0] for k, h in hints.items() if hasattr(h, "__metadata__")}
-        if held.pop("weights", None) is not None and "reduction" in hints:
-            found[name] = Case(value, held)
+        spec = {k: h.__metadata__[0] for k, h in hints.items() if hasattr(h, "__metadata__")}
+        if spec.pop("weights", None) is not None and "reduction" in hints:
+            found[name] = Case(value, spec)
     return found
+
+
+def lifted_cases(package: ModuleType) -> dict[str, Case]:
+    """Functions written elsewhere: of three inputs, of other rows, and of a steep derivative."""
+    real, probability = ArraySpec("real"), ArraySpec("probability")
+
+    def gaussian(mean: Any, labels: Any, variance: Any) -> Any:
+        return (jnp.log(variance) + jnp.square(labels - mean) / variance) / 2
+
+    def centred(predictions: Any, labels: Any) -> Any:
+        errors = predictions - labels
+        return jnp.square(errors - jnp.mean(errors, 0, keepdims=True))
+
+    def root(x: Any, y: Any) -> Any:
+        return jnp.sqrt(jnp.square(x - y))
+
+    return {
+        "weighted(gaussian)": Case(
+            package.weighted(gaussian, num_inputs=3),
+            {"mean": real, "labels": real, "variance": probability},
+            is_lifted=True,
+        ),
+        "weighted(centred)": Case(
+            package.weighted(centred),
+            {"predictions": real, "labels": real},
+            is_lifted=True,
+            is_coupled=True,
+        ),
+        "weighted(root)": Case(package.weighted(root), {"x": real, "y": real}, is_lifted=True),
+    }
 
 
 def _draw(rng: np.random.Generator, domain: str, shape: tuple[int, ...]) -> Any:

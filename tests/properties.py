@@ -5,9 +5,11 @@ import itertools
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from arguments import IMPOSSIBLE, NOT_A_NUMBER, Case, extremes
+from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
@@ -49,38 +51,64 @@ def vmap_is_a_loop(case: Case) -> None:
 
 def finite_differences_agree(case: Case) -> None:
     values = [*case.draw(), case.weights()]
-    moved = every_argument(case)
+    positions = every_argument(case)
 
-    def loss(*some):
-        return case.loss(*(some[moved.index(i)] if i in moved else v for i, v in enumerate(values)))
+    for reduction in ("mean", "none"):
 
-    check_grads(loss, [values[i] for i in moved[:-1]] + [values[-1] + 1], 1, rtol=2e-2, atol=2e-2)
+        def loss(*some, reduction=reduction):
+            chosen = (
+                some[positions.index(i)] if i in positions else v for i, v in enumerate(values)
+            )
+            return case.loss(*chosen, reduction=reduction)
+
+        points = [values[i] for i in positions[:-1]] + [values[-1] + 1]
+        check_grads(loss, points, 1, rtol=2e-2, atol=2e-2)
+
+
+def value_and_derivative_are_of_the_same_inputs(case: Case) -> None:
+    """Whatever is absent, and even if a loss depends on it."""
+    values, weights = case.draw(), case.weights()
+    for rubbish in NOT_A_NUMBER:
+        hidden = case.hide(values, weights, rubbish, 0)
+        directions = case.hide(case.draw(7), weights, 0.0, 0)
+
+        def along(t, hidden=hidden, directions=directions):
+            points = [
+                x + t * d if i in case.floats else x
+                for i, (x, d) in enumerate(zip(hidden, directions, strict=True))
+            ]
+            return case.loss(*points, weights)
+
+        assert jnp.isfinite(along(0.0))
+        check_grads(along, (0.0,), 1, rtol=2e-2, atol=2e-2)
 
 
 def second_order_is_symmetric(case: Case) -> None:
-    moved = every_argument(case)
-    hessian = jax.hessian(functools.partial(case.loss, reduction="sum"), moved)
+    positions = every_argument(case)
+    hessian = jax.hessian(functools.partial(case.loss, reduction="sum"), positions)
     blocks = hessian(*case.draw(), case.weights())
     shapes = [case.draw()[i].shape for i in case.floats] + [case.losses_shape]
-    for i, j in itertools.combinations_with_replacement(range(len(moved)), 2):
+    for i, j in itertools.combinations_with_replacement(range(len(positions)), 2):
         rows, columns = int(np.prod(shapes[i])), int(np.prod(shapes[j]))
         upper, lower = blocks[i][j].reshape(rows, columns), blocks[j][i].reshape(columns, rows)
         close(upper, lower.T, rtol=1e-4, atol=1e-5)
 
 
 def weights_of_zero_can_be_learned(case: Case) -> None:
-    """Through the gradient too: schemes that reweight differentiate it at zero."""
+    """Through the gradient too: learning to reweight examples differentiates it at zero."""
     values, zeros = case.draw(), jnp.zeros(case.losses_shape)
     gradient = jax.grad(functools.partial(case.loss, reduction="sum"), case.floats[0])
-    slope_of_ones = gradient(*values, jnp.ones_like(zeros))
+    derivative = gradient(*values, jnp.ones_like(zeros))
     learned = jax.jvp(lambda w: gradient(*values, w), (zeros,), (jnp.ones_like(zeros),))[1]
-    close(learned, slope_of_ones, rtol=1e-4, atol=1e-5)
+    close(learned, derivative, rtol=1e-4, atol=1e-5)
 
 
 def finite_at_extremes_and_at_a_perfect_fit(case: Case) -> None:
+    if case.is_lifted:
+        return
     (_, first), *rest = case.inputs.items()
     names = list(case.inputs)
-    grid = itertools.product(*(extremes(held.domain) for held in case.inputs.values()))
+    grid = itertools.product(*(extremes(spec.domain) for spec in case.inputs.values()))
     for point in grid:
         values = [
             jnp.full(case.shape(n), v, jnp.int32 if case.inputs[n].domain == "class id" else float)
@@ -106,7 +134,7 @@ def low_precision_accumulates_in_float32(case: Case) -> None:
 
 
 def integers_are_read_as_float32(case: Case) -> None:
-    if any(held.domain not in ("real", "logit") for held in case.inputs.values()):
+    if case.is_lifted or any(h.domain not in ("real", "logit") for h in case.inputs.values()):
         return
     values = [jnp.round(v) for v in case.draw()]
     close(case.loss(*(v.astype(jnp.int32) for v in values)), case.loss(*values))
@@ -174,6 +202,8 @@ def nothing_counts_gives_zero(case: Case) -> None:
 
 
 def a_zero_row_is_a_dropped_row(case: Case) -> None:
+    if case.is_coupled:
+        return
     values, weights = case.draw(), case.weights().at[2].set(0)
     kept = np.delete(np.arange(len(weights)), 2)
     for reduction in ("mean", "average", "sum", "parts"):
@@ -185,42 +215,48 @@ def a_zero_row_is_a_dropped_row(case: Case) -> None:
 
 
 def what_is_absent_touches_nothing(case: Case) -> None:
+    if case.is_coupled:
+        return
     values, weights = case.draw(), case.weights()
-    moved = every_argument(case)[:-1]
-    for rubbish, label in itertools.product(NOT_A_NUMBER, IMPOSSIBLE["class id"]):
+    positions = every_argument(case)[:-1]
+    # Zeros are a perfect fit, where a distance has an infinite derivative.
+    labels = IMPOSSIBLE["class id"][: None if len(case.floats) < len(case.inputs) else 1]
+    for rubbish, label in itertools.product((*NOT_A_NUMBER, 0.0), labels):
         hidden = case.hide(values, weights, rubbish, label)
         for reduction in ("mean", "average", "sum"):
             loss = functools.partial(case.loss, reduction=reduction)
             close(loss(*hidden, weights), loss(*values, weights))
-            close(jax.grad(loss, moved)(*hidden, weights), jax.grad(loss, moved)(*values, weights))
-        if "class id" not in {h.domain for h in case.inputs.values()}:
-            break
+            close(
+                jax.grad(loss, positions)(*hidden, weights),
+                jax.grad(loss, positions)(*values, weights),
+            )
     hidden = case.hide(values, weights, np.nan, -1)
-    slopes = jax.grad(case.loss, len(values))
-    close(slopes(*hidden, weights), jnp.where(weights == 0, 0, slopes(*values, weights)))
+    of_weights = jax.grad(case.loss, len(values))
+    close(of_weights(*hidden, weights), jnp.where(weights == 0, 0, of_weights(*values, weights)))
 
     def along(points, tangents):
         def loss(*some):
             return case.loss(
-                *(some[moved.index(i)] if i in moved else p for i, p in enumerate(points)), weights
+                *(some[positions.index(i)] if i in positions else p for i, p in enumerate(points)),
+                weights,
             )
 
-        return jax.jvp(loss, *(tuple(x[i] for i in moved) for x in (points, tangents)))[1]
+        return jax.jvp(loss, *(tuple(x[i] for i in positions) for x in (points, tangents)))[1]
 
     ones = [jnp.ones_like(v) for v in values]
     close(along(hidden, case.hide(ones, weights, np.nan, 0)), along(values, ones))
     for jacobian in (jax.jacfwd, jax.jacrev):
-        hessian = jacobian(jax.grad(case.loss, moved), moved)
+        hessian = jacobian(jax.grad(case.loss, positions), positions)
         close(hessian(*hidden, weights), hessian(*values, weights), atol=1e-5)
 
 
-def the_slope_of_a_weight_is_its_loss(case: Case) -> None:
+def the_derivative_of_a_weight_is_its_loss(case: Case) -> None:
     values, weights = case.draw(), case.weights()
     losses = case.loss(*values, reduction="none")
     count = (weights != 0).sum()
     mean = functools.partial(case.loss, reduction="mean")
-    slopes = jax.grad(mean, len(values))(*values, weights)
-    close(slopes, losses / count.astype(jnp.float32), rtol=1e-5)
+    of_weights = jax.grad(mean, len(values))(*values, weights)
+    close(of_weights, losses / count.astype(jnp.float32), rtol=1e-5)
 
 
 def trouble_that_counts_propagates(case: Case) -> None:
@@ -231,7 +267,7 @@ def trouble_that_counts_propagates(case: Case) -> None:
 
 
 def impossible_labels_are_nan(case: Case) -> None:
-    ids = [i for i, held in enumerate(case.inputs.values()) if held.domain == "class id"]
+    ids = [i for i, spec in enumerate(case.inputs.values()) if spec.domain == "class id"]
     for i, label in itertools.product(ids, IMPOSSIBLE["class id"]):
         values = case.draw()
         values[i] = values[i].at[2, 1].set(label)
@@ -241,16 +277,20 @@ def impossible_labels_are_nan(case: Case) -> None:
         gradient = jax.grad(case.loss)(*values)
         assert jnp.isnan(gradient[2, 1]).all()
         assert jnp.isnan(gradient).sum() == gradient[2, 1].size
+        weights = jnp.ones(case.losses_shape).at[2, 1].set(0)
+        of_weights = jax.grad(functools.partial(case.loss, reduction="sum"), len(values))
+        close(of_weights(*values, weights), jnp.where(weights == 0, 0, losses))
+        gradient = jax.jacfwd(lambda w, values=values: jax.grad(case.loss)(*values, w))(weights)
+        assert not gradient[..., 2, 1].any()
 
 
 def shapes_must_match(case: Case) -> None:
     values, full = case.draw(), case.losses_shape
     if len(values) == 2:
-        first, second = case.inputs
         for other in (values[1][:, :1], values[1][..., None, None], values[1][None], values[1][:1]):
             message = raises(case.loss, values[0], other)
-            assert first in message
-            assert second in message
+            names = [str(other.shape)] if case.is_lifted else case.inputs
+            assert all(name in message for name in names)
     for weights in (
         np.ones((*full[:-1], full[-1] + 1)),
         np.ones((2, *full)),
@@ -263,13 +303,18 @@ def shapes_must_match(case: Case) -> None:
     assert "weights" in raises(case.loss, *values, np.ones(full, np.complex64))
     assert "reduction" in raises(case.loss, *values, reduction="avg")
     for rubbish in (None, "three", object(), [[1.0]]):
-        first = next(iter(case.inputs))
-        assert f"{first} must be an array" in raises(case.loss, rubbish, *values[1:])
+        if not (case.is_lifted and isinstance(rubbish, list)):  # A pytree of arrays.
+            first = "inputs[0]" if case.is_lifted else next(iter(case.inputs))
+            message = raises(case.loss, rubbish, *values[1:])
+            assert first in message
+            assert "must be an array" in message
         assert "weights must be an array" in raises(case.loss, *values, rubbish)
 
 
 def members_of_an_axis_agree_with_the_whole(case: Case) -> None:
     """In shard_map, value and gradient; two devices have nothing that counts."""
+    if case.is_coupled:
+        return
     values, weights = case.draw(batch=(8, 3)), jnp.arange(8.0).at[2:6].set(0)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     rows = PartitionSpec("data")
@@ -310,6 +355,34 @@ def sharded_is_local(case: Case) -> None:
                 close(case.loss(*placed[:-1], replicated), expected[0], rtol=1e-5)
                 value = jax.jit(case.loss).lower(*placed).compile().as_text()
                 assert "all-gather" not in value, spec
+
+
+def leaves_no_effect(case: Case) -> None:
+    """An effect costs a program JAX's fast way to call it."""
+    values, weights = case.draw(), case.weights()
+    gradient = jax.value_and_grad(case.loss, every_argument(case))
+    assert not jax.make_jaxpr(gradient)(*values, weights).effects
+
+
+def exports_and_reloads(case: Case) -> None:
+    values, weights = case.draw(), case.weights()
+    gradient = jax.jit(jax.value_and_grad(case.loss, every_argument(case)))
+    exported = jax.export.export(gradient, platforms=("cpu", "cuda", "tpu"))(*values, weights)
+    reloaded = jax.export.deserialize(exported.serialize())
+    close(reloaded.call(*values, weights), gradient(*values, weights), rtol=1e-5)
+
+
+def raises_no_false_alarm(case: Case) -> None:
+    """No NaN is made where nothing is wrong, not even to be masked: checkers would find it."""
+    gradient = checkify.checkify(
+        jax.value_and_grad(case.loss, every_argument(case)), errors=checkify.nan_checks
+    )
+    values, weights = case.draw(), case.weights()
+    for label in IMPOSSIBLE["class id"]:
+        hidden = case.hide(values, weights, np.nan, label)
+        labelled = [v if i in case.floats else hidden[i] for i, v in enumerate(values)]
+        gradient(*labelled, weights)[0].throw()
+    gradient(*values, 0 * weights)[0].throw()
 
 
 def raises(loss, *arguments, **options) -> str:

@@ -3,12 +3,13 @@
 import inspect
 
 import pytest
-from arguments import cases
+from arguments import cases, lifted_cases
 from properties import PROPERTIES
 
 import jaxlosses as jl
 
-CASES = cases(jl)
+PUBLIC = cases(jl)
+CASES = PUBLIC | lifted_cases(jl)
 
 
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda p: p.__name__)
@@ -18,8 +19,8 @@ def test_property(name, check):
 
 
 def test_every_loss_is_found():
-    assert len(CASES) >= 10
+    assert len(PUBLIC) >= 10
     functions = {name: value for name, value in vars(jl).items() if inspect.isroutine(value)}
     weighs = {name for name, f in functions.items() if "weights" in inspect.signature(f).parameters}
-    assert set(CASES) == weighs
+    assert set(PUBLIC) == weighs
     assert len(PROPERTIES) >= 20

@@ -2,15 +2,16 @@
 
 import functools
 import os
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from arguments import cases
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from plain import differentiated, plain
 
 import jaxlosses as jl
 
@@ -25,6 +26,7 @@ READS = {
     "sparse_softmax_cross_entropy": 6.05,
     "mean_pairwise_squared_error": 6.05,
 }
+ALL_REDUCE = {1: "all-reduce f32[]", 2: "all-reduce (f32[], f32[])"}  # Of so many sums.
 CASES = {name: case for name, case in cases(jl).items() if not case.computes}
 
 
@@ -33,42 +35,42 @@ def devices(request):
     return np.array(topologies.get_topology_desc(request.param, "tpu").devices)
 
 
-def compiled(name, mesh, spec, dtype):
-    """The loss of 4096 by 4096 numbers on every 16 devices, sharded by rows or rows and columns."""
-    case, columns = CASES[name], 4096
-    rows = columns * mesh.size // 16
-    by_row = any(held.inner for held in case.inputs.values())
-
-    def abstract(shape, dtype):
-        sharding = NamedSharding(mesh, PartitionSpec(*spec[: len(shape)]))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    arguments = [
-        abstract((rows,), jnp.int32)
-        if held.domain == "class id"
-        else abstract((rows, columns), dtype)
-        for held in case.inputs.values()
-    ]
-    arguments.append(abstract((rows,) if by_row else (rows, columns), jnp.float32))
-    return jax.jit(case.loss).lower(*arguments).compile()
+def compiled(function, arguments):
+    return jax.jit(function).lower(*arguments).compile()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 @pytest.mark.parametrize("spec", [("data",), ("data", "model")], ids=["rows", "rows and columns"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_slice_reads_once_and_talks_once(name, spec, dtype, devices):
-    shape = (devices.size // 4, 4) if len(spec) == 2 else (devices.size,)
-    program = compiled(name, Mesh(devices.reshape(shape), spec), spec, dtype)
-    memory, text = program.memory_analysis(), program.as_text()
+    case, shape = CASES[name], (256 * devices.size, 4096)
+    mesh = Mesh(devices.reshape((-1, 4) if len(spec) == 2 else -1), spec)
+    arguments = programs.abstract_arguments(case, shape, dtype, "full", mesh, *spec)
+    program = compiled(case.loss, arguments)
+    memory = program.memory_analysis()
     reads = program.cost_analysis()["bytes accessed"] / memory.argument_size_in_bytes
     assert reads <= READS.get(name, 1.002)
     assert memory.temp_size_in_bytes < 2**20
-    assert "all-gather" not in text
-    text = re.sub(r"\{[^{}]*\}", "", text)  # Layouts.
-    collectives = re.findall(r"= (.*) all-reduce\(", text)
+    assert "all-gather" not in program.as_text()
     if len(spec) == 1 or name not in READS:
-        # Of total and count together; the pairwise error is a sum.
-        assert collectives == ["f32[]" if "pairwise" in name else "(f32[], f32[])"]
+        assert programs.collectives(program) == [ALL_REDUCE[programs.num_sums(case, "full")]]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("weights", ["none", "full"])
+@pytest.mark.parametrize("name", CASES)
+def test_a_gradient_needs_no_more_than_the_plain_way(name, weights, dtype):
+    """Of arrays that are too large for a chip's fast memory."""
+    chips = np.array(topologies.get_topology_desc("v5e:4x4", "tpu").devices)
+    case, shape = CASES[name], (16384 * chips.size, 8192)
+    mesh = Mesh(chips, ("data",))
+    arguments = programs.abstract_arguments(case, shape, dtype, weights, mesh, "data")
+    ours, theirs = (
+        compiled(differentiated(loss, case.floats[:1]), arguments)
+        for loss in (case.loss, plain(name, case))
+    )
+    assert programs.count(ours).bytes <= 1.05 * programs.count(theirs).bytes
+    assert programs.collectives(ours) == [ALL_REDUCE[programs.num_sums(case, weights)]]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,405 @@
+"""Functions written elsewhere, lifted: JAX's own numbers, and nothing from what is absent."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arguments import NOT_A_NUMBER
+from optax import losses
+
+import jaxlosses as jl
+
+RNG = np.random.default_rng(0)
+ROWS, CLASSES = 4, 5
+close = functools.partial(chex.assert_trees_all_close, rtol=2e-5, atol=1e-6)
+# The functions' own code mixes dtypes and ranks.
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+@pytest.fixture
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def reals(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def distributions(*shape):
+    return jnp.asarray(RNG.dirichlet(np.ones(shape[-1]), shape[:-1]), jnp.float32)
+
+
+def bits(*shape):
+    return jnp.asarray(RNG.integers(0, 2, shape), jnp.float32)
+
+
+def ids(*shape, low=0):
+    return jnp.asarray(RNG.integers(low, CLASSES, shape), jnp.int32)
+
+
+def gaussian(mean, labels, variance):
+    return (jnp.log(variance) + jnp.square(labels - mean) / variance) / 2
+
+
+def ppo(new, old, advantage):
+    ratio = jnp.exp(new - old)
+    return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.2) * advantage)
+
+
+ELEMENTS, VECTORS, SCORES = (ROWS, 3), (ROWS, 3, CLASSES), (ROWS, CLASSES)
+REALS = [reals(*ELEMENTS), reals(*ELEMENTS)]
+BINARY = [reals(*ELEMENTS), bits(*ELEMENTS)]
+SIGNS = [reals(*ELEMENTS), 2 * bits(*ELEMENTS) - 1]
+PAIRS = [reals(*VECTORS), reals(*VECTORS)]
+CLASS_PROBABILITIES = [reals(*VECTORS), distributions(*VECTORS)]
+LOG_PROBABILITIES = [jnp.log(distributions(*VECTORS)), distributions(*VECTORS)]
+CLASS_IDS = [reals(*VECTORS), ids(*ELEMENTS)]
+PADDINGS = [jnp.zeros((ROWS, 6)), jnp.zeros((ROWS, 2))]
+fenchel_young = losses.make_fenchel_young_loss(jax.nn.logsumexp)
+
+# Each loss depends on its own place of the inputs alone.
+INDEPENDENT = {
+    "squared_error": (losses.squared_error, REALS),
+    "l2_loss": (losses.l2_loss, REALS),
+    "huber_loss": (functools.partial(losses.huber_loss, delta=0.7), REALS),
+    "log_cosh": (losses.log_cosh, REALS),
+    "cosine_similarity": (losses.cosine_similarity, PAIRS),
+    "cosine_distance": (losses.cosine_distance, PAIRS),
+    "hinge_loss": (losses.hinge_loss, SIGNS),
+    "perceptron_loss": (losses.perceptron_loss, SIGNS),
+    "sparsemax_loss": (losses.sparsemax_loss, BINARY),
+    "sigmoid_binary_cross_entropy": (losses.sigmoid_binary_cross_entropy, BINARY),
+    "sigmoid_focal_loss": (functools.partial(losses.sigmoid_focal_loss, alpha=0.3), BINARY),
+    "softmax_cross_entropy": (losses.softmax_cross_entropy, CLASS_PROBABILITIES),
+    "safe_softmax_cross_entropy": (losses.safe_softmax_cross_entropy, CLASS_PROBABILITIES),
+    "integer labels": (losses.softmax_cross_entropy_with_integer_labels, CLASS_IDS),
+    "poly_loss_cross_entropy": (losses.poly_loss_cross_entropy, CLASS_PROBABILITIES),
+    "kl_divergence": (losses.kl_divergence, LOG_PROBABILITIES),
+    "kl_divergence_with_log_targets": (
+        losses.kl_divergence_with_log_targets,
+        [LOG_PROBABILITIES[0], jnp.log(LOG_PROBABILITIES[1])],
+    ),
+    "generalized_kl_divergence": (losses.generalized_kl_divergence, LOG_PROBABILITIES),
+    "multiclass_hinge_loss": (jax.vmap(losses.multiclass_hinge_loss), [reals(*SCORES), ids(ROWS)]),
+    "multiclass_perceptron_loss": (
+        jax.vmap(losses.multiclass_perceptron_loss),
+        [reals(*SCORES), ids(ROWS)],
+    ),
+    "multiclass_sparsemax_loss": (
+        losses.multiclass_sparsemax_loss,
+        [reals(*SCORES), ids(ROWS)],
+    ),
+    "make_fenchel_young_loss": (jax.vmap(fenchel_young), [reals(*SCORES), distributions(*SCORES)]),
+    "binary_dice_loss": (jax.vmap(losses.binary_dice_loss), BINARY),
+    "dice_loss": (
+        lambda p, y: losses.dice_loss(p, y, reduction="none").mean(-1),
+        [CLASS_PROBABILITIES[0], jax.nn.one_hot(ids(*ELEMENTS), CLASSES)],
+    ),
+    "ranking_softmax_loss": (
+        functools.partial(losses.ranking_softmax_loss, reduce_fn=None),
+        [reals(*SCORES), ids(*SCORES).astype(jnp.float32)],
+    ),
+    "triplet_margin_loss": (losses.triplet_margin_loss, [*PAIRS, reals(*VECTORS)]),
+    "ctc_loss": (
+        losses.ctc_loss,
+        [reals(ROWS, 6, CLASSES), PADDINGS[0], ids(ROWS, 2, low=1), PADDINGS[1]],
+    ),
+    "gaussian": (gaussian, [*REALS, jnp.exp(reals(*ELEMENTS))]),
+    "ppo": (ppo, [*REALS, reals(*ELEMENTS)]),
+    "one input": (lambda x: jnp.sqrt(jnp.abs(x)), REALS[:1]),
+    "a pytree": (
+        lambda model, y: jnp.square(model["mean"] - y) * model["extra"][0].sum(-1),
+        [{"mean": REALS[0], "extra": (PAIRS[0], None)}, REALS[1]],
+    ),
+}
+# One number for the whole batch, something else than a loss, or a loss under another name above.
+NO_LOSS_OF_EXAMPLES = {
+    "convex_kl_divergence",
+    "ntxent",
+    "smooth_labels",
+    "make_fenchel_young_loss",
+    "ctc_loss_with_forward_probs",
+    "multiclass_generalized_dice_loss",
+    "softmax_cross_entropy_with_integer_labels",
+}
+
+
+def n_pairs(anchors, positives):
+    logits = anchors @ positives.T
+    return jax.nn.logsumexp(logits, 1) - jnp.diagonal(logits)
+
+
+def softmax_over_the_batch(scores, labels):
+    return -labels * jax.nn.log_softmax(scores, 0)
+
+
+def centred(predictions, labels):
+    errors = predictions - labels
+    return jnp.square(errors - errors.mean(0))
+
+
+COUPLED = {
+    "n_pairs": (n_pairs, [reals(*SCORES), reals(*SCORES)]),
+    "softmax_over_the_batch": (softmax_over_the_batch, [reals(ROWS), distributions(1, ROWS)[0]]),
+    "centred": (centred, REALS),
+}
+ALL = INDEPENDENT | COUPLED
+
+
+def weights_for(shape):
+    """Of every shape that aligns, with zeros."""
+    full = RNG.uniform(0.5, 2, shape)
+    full[1], full.flat[0] = 0, 0
+    row = np.array([1.5, 0, -2, 1]).reshape(ROWS, *(1 for _ in shape[1:]))
+    found = [full, row[..., 0] if row.ndim > 1 else row, row, full > 0, (full > 0).astype(np.int8)]
+    return [jnp.asarray(w, jnp.float32 if w.dtype == np.float64 else w.dtype) for w in found] + [
+        2.0
+    ]
+
+
+def split(inputs):
+    """The leaves that have derivatives, and a function that puts them back."""
+    leaves, structure = jax.tree.flatten(inputs)
+    floats = [i for i, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def join(some):
+        chosen = dict(zip(floats, some, strict=True))
+        return jax.tree.unflatten(structure, [chosen.get(i, x) for i, x in enumerate(leaves)])
+
+    return [leaves[i] for i in floats], join
+
+
+def spread(weights, like):
+    weights = jnp.asarray(weights, jnp.float32)
+    return weights.reshape(weights.shape + (1,) * (like.ndim - weights.ndim))
+
+
+def hide(inputs, absent, rubbish, label=99):
+    def hide_leaf(x):
+        filler = rubbish if jnp.issubdtype(x.dtype, jnp.floating) else label
+        return jnp.where(spread(absent, x) > 0, jnp.asarray(filler, x.dtype), x)
+
+    return jax.tree.map(hide_leaf, inputs)
+
+
+def total_of(function, join, weights):
+    """The weighted sum and what JAX makes of it."""
+
+    def total(some):
+        losses = function(*join(some))
+        return jnp.sum(spread(weights, losses) * losses)
+
+    return total
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_is_differentiated_as_jax_differentiates_it(name):
+    function, inputs = ALL[name]
+    floats, join = split(inputs)
+    lifted = jl.weighted(function, num_inputs=len(inputs))
+    shape = jax.eval_shape(function, *inputs).shape
+    for weights in weights_for(shape):
+        expected = jax.value_and_grad(total_of(function, join, weights))(floats)
+
+        def total(some, weights=weights):
+            return lifted(*join(some), weights, reduction="sum")
+
+        close(jax.jit(jax.value_and_grad(total))(floats), expected)
+        tangents = [x[::-1] for x in floats]
+        found = jax.jvp(total, (floats,), (tangents,))[1]
+        close(found, jax.jvp(total_of(function, join, weights), (floats,), (tangents,))[1])
+        count = jnp.sum(jnp.broadcast_to(spread(weights, jnp.zeros(shape)), shape) != 0)
+        close(lifted(*inputs, weights=weights), expected[0] / count)
+
+
+@pytest.mark.parametrize("rubbish", NOT_A_NUMBER)
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_rubbish_at_absent_places_reaches_nothing(name, rubbish):
+    function, inputs = INDEPENDENT[name]
+    lifted = jl.weighted(function, num_inputs=len(inputs))
+    shape = jax.eval_shape(function, *inputs).shape
+    weights = weights_for(shape)[0]
+    hidden, join = split(hide(inputs, weights == 0, rubbish))
+    floats, clean = split(inputs)
+
+    def total(some, weights, join=join):
+        return lifted(*join(some), weights, reduction="sum")
+
+    gradient = jax.jit(jax.value_and_grad(total, (0, 1)), static_argnums=2)
+    value, (gradients, of_weights) = gradient(hidden, weights, join)
+    expected, (expected_gradients, of_clean) = gradient(floats, weights, clean)
+    close((value, gradients), (expected, expected_gradients))
+    close(jnp.where(weights == 0, 0, of_weights), jnp.where(weights == 0, 0, of_clean))
+    chex.assert_tree_all_finite(of_weights)
+
+    def along(some, tangents, join):
+        return jax.jvp(lambda some: total(some, weights, join), (some,), (tangents,))[1]
+
+    along, ones = jax.jit(along, static_argnums=2), [jnp.ones_like(x) for x in floats]
+    tangents = hide(ones, weights == 0, np.nan)
+    close(along(hidden, tangents, join), along(floats, ones, clean), rtol=1e-4)
+
+
+@pytest.mark.parametrize("variance", [0.0, np.nan, -1.0])
+@pytest.mark.parametrize("position", range(3))
+def test_rubbish_in_any_one_input(position, variance):
+    inputs = ALL["gaussian"][1]
+    weights = weights_for(ELEMENTS)[0]
+    hidden = list(inputs)
+    hidden[position] = hide(inputs[position], weights == 0, variance)
+    gradient = jax.grad(jl.weighted(gaussian, num_inputs=3), (0, 1, 2))
+    close(gradient(*hidden, weights), gradient(*inputs, weights))
+
+
+@pytest.mark.parametrize("rubbish", NOT_A_NUMBER)
+@pytest.mark.parametrize("name", COUPLED)
+def test_value_and_derivative_are_of_the_same_inputs(name, rubbish):
+    """By finite differences in the rows that count, in float64."""
+    function, inputs = COUPLED[name]
+    with jax.enable_x64(True):
+        inputs = [jnp.asarray(x, jnp.float64) for x in inputs]
+        weights = jnp.array([1.5, 0.0, 2.0, 0.0])
+        for absent in (weights == 0, jnp.array([0.0, 1.0, 0.0, 0.0]) > 0):
+            hidden = hide(inputs, absent, rubbish)
+            present = [spread(weights, x) * reals(*x.shape) for x in inputs]
+
+            def along(t, hidden=hidden, present=present):
+                points = [
+                    jnp.where(p == 0, x, x + t * p) for x, p in zip(hidden, present, strict=True)
+                ]
+                return jl.weighted(function)(*points, weights, reduction="sum")
+
+            step = 1e-6
+            expected = (along(step) - along(-step)) / (2 * step)
+            assert jnp.isfinite(expected)
+            for derivative in (jax.grad(along)(0.0), jax.jvp(along, (0.0,), (1.0,))[1]):
+                close(derivative, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "n_pairs", "integer labels"])
+def test_weights_of_zero_can_be_learned_through_a_gradient(name):
+    """Meta-reweighting differentiates a gradient with respect to weights of zero."""
+    function, inputs = ALL[name]
+    floats, join = split(inputs)
+    shape = jax.eval_shape(function, *inputs).shape
+    lifted = jl.weighted(function, num_inputs=len(inputs))
+
+    def gradient(weights):
+        return jax.grad(lambda some: lifted(*join(some), weights, reduction="sum"))(floats)
+
+    def expected(weights):
+        return jax.grad(total_of(function, join, weights))(floats)
+
+    zeros = jnp.zeros(shape)
+    close(jax.jacfwd(gradient)(zeros), jax.jacfwd(expected)(zeros))
+    close(jax.jacrev(gradient)(zeros), jax.jacrev(expected)(zeros))
+
+
+@pytest.mark.parametrize("name", ["softmax_loss", "listmle_loss", "poly1_softmax_loss"])
+def test_rax_losses_of_lists(name):
+    rax = pytest.importorskip("rax")
+    loss = functools.partial(getattr(rax, name), reduce_fn=None)
+    scores, labels = reals(*SCORES), ids(*SCORES).astype(jnp.float32)
+    where = jnp.array([[1, 1, 0, 1, 0], [0] * 5, [1] * 5, [1, 1, 1, 0, 0]], bool)
+    weights = where.any(-1)
+    expected = jax.value_and_grad(
+        lambda s: jnp.sum(jnp.where(weights, loss(s, labels, where=where), 0)) / 3
+    )(scores)
+    hidden = jnp.where(weights[:, None], scores, jnp.nan)
+
+    def lifted(scores):
+        function = jl.weighted(lambda s, y, mask: loss(s, y, where=mask), num_inputs=3)
+        return function(scores, labels, where, weights)
+
+    close(jax.value_and_grad(lifted)(scores), expected)
+    close(jax.value_and_grad(lifted)(hidden), expected)
+
+
+def test_every_loss_of_optax_is_lifted_here():
+    public = {n for n, f in vars(losses).items() if callable(f) and not n.startswith("_")}
+    assert public <= set(INDEPENDENT) | NO_LOSS_OF_EXAMPLES
+
+
+def test_a_dynamic_loop_is_differentiated_forward():
+    def power(x, n):
+        start = (0, jnp.ones_like(x))
+        return jax.lax.while_loop(
+            lambda s: s[0] < jnp.max(n), lambda s: (s[0] + 1, s[1] * jnp.sqrt(x)), start
+        )[1]
+
+    x, n = jnp.array([4.0, 0.0, jnp.nan]), jnp.array([3, 1, 1])
+    weights = jnp.array([2.0, 0.0, 0.0])
+    lifted = jl.weighted(power)
+    found = jax.jvp(lambda x: lifted(x, n, weights), (x,), (jnp.ones(3),))
+    close(found, (16.0, 2 * 1.5 * 2.0))
+    with pytest.raises(ValueError, match="Reverse-mode"):
+        jax.grad(lambda x: lifted(x, n, weights))(x)
+
+
+def test_functions_with_derivatives_in_one_mode_or_none():
+    @jax.custom_vjp
+    def root(x):
+        return jnp.sqrt(x)
+
+    root.defvjp(lambda x: (jnp.sqrt(x), x), lambda x, g: (g / (2 * jnp.sqrt(x)),))
+    x, weights = jnp.array([4.0, 0.0, jnp.nan]), jnp.array([1, 0, 0])
+    close(jax.grad(jl.weighted(root, num_inputs=1))(x, weights), jnp.array([0.25, 0, 0]))
+
+    def called_back(x):
+        return jax.pure_callback(np.sqrt, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    with np.errstate(invalid="ignore"):
+        close(jl.weighted(called_back, num_inputs=1)(x, weights), jnp.float32(2))
+
+
+def test_placeholders_differ_between_inputs_places_and_features():
+    """Or a distance, or a standard deviation, would have an infinite derivative there."""
+    x = jnp.full((3, 4), jnp.nan)
+    seen = []
+
+    def scaled_distance(scale):
+        def function(p, y):
+            seen[:] = [p, y]
+            between_rows = jnp.sqrt(jnp.sum(jnp.square(p[:, None] - p[None]), -1) + jnp.eye(3))
+            return scale * jnp.linalg.norm(p - y, axis=-1) / p.std(-1) + between_rows.sum(1)
+
+        return jl.weighted(function)(x, x, jnp.zeros(3))
+
+    value, slope = jax.value_and_grad(scaled_distance)(2.0)
+    assert value == slope == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "inputs", "message"),
+    [
+        (losses.ntxent, [jnp.ones((4, 2)), jnp.ones(4)], "one number.*vmap.*weighted_loss"),
+        (lambda p, y: (p, y), REALS, "one real array, got"),
+        (lambda p, y: None, REALS, "one real array, got None"),
+        (lambda p, y: "three", REALS, "one real array, got three"),
+        (lambda p, y: p.astype(complex), REALS, "one real array"),
+        (lambda p, y: p.sum(0), REALS, r"leading part.*\(3,\).*\(4, 3\)"),
+        (lambda p, y: p + y, [reals(4, 3), reals(4, 1)], r"\(4, 3\).*\(4, 1\)"),
+        (lambda p, y: p["a"], [{"a": reals(4), "b": "x"}, reals(4)], r"inputs\[0\]\['b'\].*str"),
+        (lambda p, y: p, [None, reals(4)], r"inputs\[0\] must be.*got None"),
+    ],
+)
+def test_what_is_no_loss_of_examples_is_refused(function, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        jl.weighted(function)(*inputs)
+
+
+def test_wrong_calls_say_how_many_inputs_are_wanted():
+    three = jl.weighted(gaussian, num_inputs=3)
+    x = reals(4)
+    for wrong in ([x], [x, x], [x, x, x, x, x]):
+        with pytest.raises(TypeError, match=r"weighted\(gaussian\) takes 3 inputs.*got \d"):
+            three(*wrong)
+    with pytest.raises(TypeError, match="weighted"):
+        three(x, x, x, x, weights=x)
+    for wrong in (0, -1, 1.5, None, True):
+        with pytest.raises(ValueError, match="num_inputs must be"):
+            jl.weighted(gaussian, num_inputs=wrong)
