@@ -56,7 +56,7 @@ def masked_losses(formula: LossFunction, weights: Array, *inputs: Array) -> Arra
 
 
 def _masked_losses_jvp(formula: LossFunction, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    absent = primals[0] == 0
+    absent = lax.eq(primals[0], lax.full_like(primals[0], 0))
     weights_tangent, *input_tangents = tangents
     positions = tuple(i for i, t in enumerate(input_tangents) if _has_tangent(t))
     of_weights = _has_tangent(weights_tangent)

@@ -146,6 +146,14 @@ def ones_are_the_default(case: Case) -> None:
         close(case.loss(*values, ones), case.loss(*values))
 
 
+def masks_are_weights(case: Case) -> None:
+    values, mask = case.draw(), case.weights() != 0
+    gradient = jax.value_and_grad(case.loss, case.floats)
+    expected = gradient(*values, mask.astype(jnp.float32))
+    for dtype in (bool, jnp.int8, jnp.uint32, jnp.bfloat16):
+        close(gradient(*values, mask.astype(dtype)), expected)
+
+
 def linear_in_the_weights(case: Case) -> None:
     values, weights, more = case.draw(), case.weights(), -3 * case.weights(5)[::-1]
     loss = functools.partial(case.loss, *values, reduction="sum")

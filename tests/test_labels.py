@@ -98,6 +98,8 @@ def test_the_label_is_named(name, way):
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_label_is_named_on_a_mesh(name, kind):
+    if jax.__version_info__ < (0, 9) and (name, kind) == ("linear", AxisType.Explicit):
+        pytest.skip("the checkify of JAX 0.8 loses the mesh of auto_axes")
     mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     checked = jax.jit(checkify.checkify(jax.value_and_grad(LOSSES[name])))
