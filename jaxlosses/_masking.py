@@ -148,11 +148,12 @@ def _is_differentiable(function: LossFunction, inputs: Sequence[Array]) -> Array
         return losses, [tangent]
 
     # A dynamic loop has a derivative in forward mode only, a callback has none in either.
-    losses, derivatives = function_of(*points), []
     for derive in (in_reverse_mode, in_forward_mode):
         with contextlib.suppress(NotImplementedError, TypeError, ValueError):
             losses, derivatives = derive()
             break
+    else:
+        losses, derivatives = function_of(*points), []
     finite = jnp.isfinite(losses)
     for derivative in derivatives:
         finite &= jnp.all(jnp.isfinite(derivative), tuple(range(finite.ndim, derivative.ndim)))

@@ -23,17 +23,17 @@ STEEP = {
 
 
 @pytest.mark.parametrize("name", STEEP)
-def test_infinite_slopes_at_absent_places(name):
+def test_infinite_derivatives_at_absent_places(name):
     loss = jl.weighted(STEEP[name])
     alone = jax.value_and_grad(loss, (0, 1, 2))(P[1:2], Y[1:2], W[1:2])
-    value, slopes = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(P, Y, W)
+    value, gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))(P, Y, W)
     chex.assert_trees_all_close(value, alone[0])
-    for slope, expected in zip(slopes, alone[1], strict=True):
-        chex.assert_trees_all_close(slope[1:2], expected)
-    chex.assert_tree_all_finite(slopes)
-    assert not slopes[0][jnp.array([0, 2, 3])].any()
-    moved = jax.jvp(lambda p, y: loss(p, y, W), (P, Y), (jnp.ones(4), jnp.ones(4)))[1]
-    chex.assert_trees_all_close(moved, (slopes[0] + slopes[1])[1], rtol=1e-6)
+    for gradient, expected in zip(gradients, alone[1], strict=True):
+        chex.assert_trees_all_close(gradient[1:2], expected)
+    chex.assert_tree_all_finite(gradients)
+    assert not gradients[0][jnp.array([0, 2, 3])].any()
+    tangent = jax.jvp(lambda p, y: loss(p, y, W), (P, Y), (jnp.ones(4), jnp.ones(4)))[1]
+    chex.assert_trees_all_close(tangent, (gradients[0] + gradients[1])[1], rtol=1e-6)
     chex.assert_tree_all_finite(jax.hessian(loss)(P, Y, W))
 
 
@@ -48,8 +48,8 @@ def test_nan_reaches_no_parameter_that_the_function_closes_over():
 
 def test_options_are_differentiable():
     huber = jl.weighted(optax.huber_loss)
-    slope = jax.grad(lambda d: huber(P, Y, W, reduction="sum", delta=d))(1.0)
-    assert slope == 2 * (4 - 1)
+    gradient = jax.grad(lambda d: huber(P, Y, W, reduction="sum", delta=d))(1.0)
+    assert gradient == 2 * (4 - 1)
 
 
 def test_rows_and_class_ids():
@@ -60,21 +60,8 @@ def test_rows_and_class_ids():
     chex.assert_trees_all_close(jax.value_and_grad(loss)(logits, labels, weights), ours)
 
 
-def test_unaligned_losses_are_refused():
-    with pytest.raises(ValueError, match=r"leading part.*\(3,\).*\(4, 3\)"):
-        jl.weighted(lambda p, y: jnp.sum(p, 0))(jnp.ones((4, 3)), jnp.ones((4, 3)))
-
-
-@pytest.mark.parametrize("result", [lambda p: p.astype(complex), lambda p: (p, p), lambda p: None])
-def test_what_is_no_loss_is_refused(result):
-    with pytest.raises(ValueError, match="one real array"):
-        jl.weighted(lambda p, y: result(p))(jnp.ones(3), jnp.ones(3))
-    with pytest.raises(ValueError, match="loss_fn must be a function, got 'huber'"):
-        jl.weighted("huber")
-
-
 def test_an_absent_infinity_in_a_hinge():
-    """The loss is 0, its slope is not a number."""
+    """The loss is 0, its derivative is not a number."""
     x, y, w = jnp.array([0.5, jnp.inf]), jnp.array([jnp.inf, 0.0]), jnp.array([0.0, 0.0])
     loss = functools.partial(jl.hinge_loss, reduction="sum")
     chex.assert_tree_all_finite(jax.grad(loss, (0, 1, 2))(x, y, w))
