@@ -51,8 +51,7 @@ def masked_losses(formula: LossFunction, weights: Array, *inputs: Array) -> Arra
         weights: Weights with as many axes as the losses, each equal to theirs or 1.
         inputs: Arrays that begin with the losses' axes, in the precision of the result.
     """
-    losses = formula(*inputs)
-    return _select(weights.astype(bool), losses) * weights.astype(losses.dtype)
+    return _weigh(formula(*inputs), weights)
 
 
 def _masked_losses_jvp(formula: LossFunction, primals: Any, tangents: Any) -> tuple[Array, Array]:
@@ -88,10 +87,9 @@ def _losses_and_derivatives(
     """
     formula_of, *points = _as_function_of(positions, formula, inputs)
     losses, pullback = jax.vjp(formula_of, *points)
-    present, scale = weights.astype(bool), weights.astype(losses.dtype)
-    derivatives = pullback(jnp.ones_like(losses) * scale)
-    finite_losses = [_select(present | jnp.isfinite(losses), losses)] if of_weights else []
-    return [_select(present, losses) * scale, *derivatives, *finite_losses]
+    derivatives = pullback(_broadcast(weights.astype(losses.dtype), losses))
+    finite = weights.astype(bool) | jnp.isfinite(losses)
+    return [_weigh(losses, weights), *derivatives, *[_select(finite, losses)] * of_weights]
 
 
 def _losses_and_derivatives_jvp(
@@ -104,9 +102,8 @@ def _losses_and_derivatives_jvp(
     def lifted(weights: Array, *inputs: Array) -> list[Array]:
         usable = functools.partial(_usable_losses, formula, weights.astype(bool))
         losses, pullback = jax.vjp(*_as_function_of(positions, usable, inputs))
-        scale = weights.astype(losses.dtype)
-        derivatives = pullback(jnp.ones_like(losses) * scale)
-        return [losses * scale, *derivatives, *[losses] * of_weights]
+        scale = _broadcast(weights.astype(losses.dtype), losses)
+        return [losses * scale, *pullback(scale), *[losses] * of_weights]
 
     return _jvp(lifted, primals, tangents)
 
@@ -199,16 +196,25 @@ def _as_function_of(
     return [function_of, *(arguments[i] for i in positions)]
 
 
+def _weigh(x: Array, weights: Array) -> Array:
+    """``x`` times the weights, and 0 where a weight is 0, whatever ``x`` is there."""
+    scale = _broadcast(weights.astype(x.dtype), x)
+    return lax.mul(_select(weights.astype(bool), x), scale)
+
+
 def _select(mask: Array, x: Array) -> Array:
     """``x``, and 0 where the mask is not set."""
     return lax.select(_broadcast(mask, x), x, lax.full_like(x, 0))
 
 
-def _broadcast(mask: Array, like: Array) -> Array:
-    """The mask in the shape of ``like``, and sharded like it."""
-    if mask.shape == like.shape and jax.typeof(mask).sharding == jax.typeof(like).sharding:
-        return mask
-    return mask | lax.full_like(like, False, bool)
+def _broadcast(x: Array, like: Array) -> Array:
+    """``x`` in the shape of ``like``, and sharded like it."""
+    if x.shape == like.shape and jax.typeof(x).sharding == jax.typeof(like).sharding:
+        return x
+    if jax.typeof(like).sharding.mesh.empty:
+        return lax.broadcast_in_dim(x, like.shape, range(x.ndim))
+    zeros = lax.full_like(like, 0, x.dtype)
+    return x | zeros if x.dtype == bool else x + zeros
 
 
 def _expand(x: Array, like: Array) -> Array:
@@ -225,9 +231,12 @@ def _masked_product(absent: Array, derivative: Array, tangent: Array) -> Array:
 
 
 def _multiply(absent: Array, x: Array, y: Array) -> list[Array]:
+    # In operations of lax, as this is traced for every gradient of every loss.
     product = lax.mul(x, y)
-    is_finite = lax.abs(product) < np.inf  # Not lax.is_finite, which a GPU's softmax kernel lacks.
-    return [lax.select(absent & ~is_finite, lax.full_like(product, 0), product)]
+    # Not lax.is_finite, for which XLA gives up the one kernel of a softmax on a GPU.
+    is_finite = lax.lt(lax.abs(product), lax.full_like(product, np.inf))
+    finite_product = lax.select(is_finite, product, lax.full_like(product, 0))
+    return [lax.select(absent, finite_product, product)]
 
 
 def _multiply_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
