@@ -161,10 +161,7 @@ def sigmoid_cross_entropy(
     check_number("label_smoothing", label_smoothing, 1)
 
     def formula(x: Array, y: Array) -> Array:
-        y = y * (1 - label_smoothing) + label_smoothing / 2
-        # softplus(x) = softplus(-x) + x: the tail on the label's own side keeps its digits.
-        sign = jnp.where(y > 0.5, -1, 1).astype(x.dtype)
-        return _softplus(sign * x) + x * jnp.where(y > 0.5, 1 - y, -y)
+        return _binary_cross_entropy(x, y * (1 - label_smoothing) + label_smoothing / 2)
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
@@ -299,12 +296,19 @@ def sparse_softmax_cross_entropy(
 
 
 @jax.custom_jvp
-def _softplus(x: Array) -> Array:
-    return jax.nn.softplus(x)
+def _binary_cross_entropy(x: Array, y: Array) -> Array:
+    # softplus(x) = softplus(-x) + x: the tail on the label's own side keeps its digits.
+    nearest = (y > 0.5).astype(x.dtype)
+    return jax.nn.softplus((1 - 2 * nearest) * x) + x * (nearest - y)
 
 
-# JAX's own rule evaluates the softplus once more.
-_softplus.defjvps(lambda dx, _, x: jax.nn.sigmoid(x) * dx)
+@_binary_cross_entropy.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, y), (x_tangent, y_tangent) = primals, tangents
+    sign = 1 - 2 * (y > 0.5).astype(x.dtype)
+    # Not nearest - y, which XLA would then keep in memory from the value to the gradient.
+    derivative = sign * jax.nn.sigmoid(sign * x) - (y - (1 - sign) / 2)
+    return _binary_cross_entropy(x, y), derivative * x_tangent - x * y_tangent
 
 
 @jax.custom_jvp

@@ -5,27 +5,27 @@ label, and these must reach neither the value nor a derivative. To multiply by t
 enough, because zero times infinity is NaN. There are two ways to do it.
 
 :func:`masked_losses` is for the losses of this package. Each loss depends on its own place of the
-inputs alone. It selects the losses by their weights, and its derivative is written here:
+inputs alone, so whatever goes wrong at an absent place stays there until it is masked, on the way
+in and on the way out. JAX differentiates the formula between the two masks, in every order:
 
-- With respect to the inputs it is a product of the weighed derivative of each loss and the tangent,
-  by :func:`_masked_product`. At an absent place either of the two may not be finite (a logarithm
-  at 0), and a plain product would be NaN. JAX's derivative of a selection of the inputs would be
-  right as well, but it needs to know which inputs are finite, so that every gradient would read
-  all inputs once more.
-- With respect to the weights it is the loss, also where the weight is zero. JAX's derivative of
-  the selection is 0 there, and no weight could be learned from zero.
-- Second and higher derivatives are those of :func:`lifted_losses`.
+- :func:`_weigh`, on the way out, selects the losses by their weights and then multiplies. Its
+  derivative with respect to a weight is the loss, also where the weight is zero. JAX's derivative
+  of the selection is 0 there, and no weight could be learned from zero.
+- :func:`_guard`, on the way in, is the identity, but at an absent place it masks derivatives that
+  are not finite. Without it, the zero that comes back from the weight would be multiplied by an
+  infinite derivative (of a logarithm at 0). To replace the inputs instead would need to know which
+  are finite, and every gradient would read all inputs once more. Finite derivatives pass, or no
+  gradient could be differentiated with respect to a weight of zero.
 
 :func:`lifted_losses` is for functions written elsewhere. A loss may depend on other places (every
-other row is a negative example), so that no derivative of a single loss can be selected. There the
-inputs of an absent place are replaced by harmless numbers where they would do harm, for value and
-derivative alike, and JAX differentiates the function as it is.
+other row is a negative example), where a mask on the way in is too late. There the inputs of an
+absent place are replaced by harmless numbers where they would do harm, for value and derivative
+alike, and JAX differentiates the function as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -42,73 +42,86 @@ from jaxlosses._typing import is_float
 LossFunction = Callable[..., Array]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def masked_losses(formula: LossFunction, weights: Array, *inputs: Array) -> Array:
     """``weights * formula(*inputs)``, and 0 where a weight is zero, whatever the inputs are there.
 
     Args:
-        formula: The losses, each from its own place of the inputs. It closes over no traced array.
+        formula: The losses, each from its own place of the inputs.
         weights: Weights with as many axes as the losses, each equal to theirs or 1.
         inputs: Arrays that begin with the losses' axes, in the precision of the result.
     """
-    return _weigh(formula(*inputs), weights)
+    absent = lax.eq(weights, lax.full_like(weights, 0))
+    return _weigh(formula(*(_guard(absent, x) if is_float(x) else x for x in inputs)), weights)
 
 
-def _masked_losses_jvp(formula: LossFunction, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    absent = lax.eq(primals[0], lax.full_like(primals[0], 0))
-    weights_tangent, *input_tangents = tangents
-    positions = tuple(i for i, t in enumerate(input_tangents) if _has_tangent(t))
-    of_weights = _has_tangent(weights_tangent)
-    losses, *derivatives = _losses_and_derivatives(formula, positions, of_weights, *primals)
+@jax.custom_jvp
+def _weigh(losses: Array, weights: Array) -> Array:
+    """``losses * weights``, and 0 where a weight is zero, whatever the loss is there."""
+    scale = _broadcast(weights.astype(losses.dtype), losses)
+    return lax.mul(_select(weights.astype(bool), losses), scale)
+
+
+def _weigh_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    losses, weights = primals
+    losses_tangent, weights_tangent = tangents
+    absent, dtype = lax.eq(weights, lax.full_like(weights, 0)), losses.dtype
     terms = []
-    for derivative, i in zip(derivatives, positions, strict=False):
-        product = _masked_product(absent, derivative, input_tangents[i])
-        inner_axes = tuple(range(losses.ndim, product.ndim))
-        terms.append(lax.reduce_sum(product, inner_axes) if inner_axes else product)
-    if of_weights:
-        terms.append(derivatives[-1] * weights_tangent.astype(losses.dtype))
-    return losses, sum(terms[1:], terms[0]) if terms else jnp.zeros_like(losses)
+    if not isinstance(losses_tangent, SymbolicZero):
+        scale = _guard(absent, _broadcast(weights.astype(dtype), losses))
+        terms.append(_mask(absent, lax.mul(scale, losses_tangent)))
+    if not isinstance(weights_tangent, SymbolicZero):
+        finite = _select(weights.astype(bool) | jnp.isfinite(losses), losses)
+        terms.append(_guard(absent, finite) * weights_tangent.astype(dtype))
+    return _weigh(losses, weights), sum(terms[1:], terms[0])
 
 
-masked_losses.defjvp(_masked_losses_jvp, symbolic_zeros=True)
+_weigh.defjvp(_weigh_jvp, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _losses_and_derivatives(
-    formula: LossFunction,
-    positions: tuple[int, ...],
-    of_weights: bool,
-    weights: Array,
-    *inputs: Array,
-) -> list[Array]:
-    """Masked losses, and their derivatives with respect to some inputs, and to the weights.
+def _guard(absent: Array, x: Array) -> Array:
+    """``x``, with a derivative that is masked where a place is absent and it is not finite."""
+    absent = _broadcast(_expand(absent, x), x)
+    return _guard_p.bind(*vary_alike(absent, x))[0]
 
-    Where a place is absent, the derivative with respect to an input is 0 or not finite.
+
+def _guard_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return _guard_p.bind(*primals), _mask_p.bind(primals[0], tangents[1])
+
+
+def _mask(absent: Array, tangent: Array) -> Array:
+    """``tangent``, and 0 where a place is absent and the tangent is not finite.
+
+    It counts as linear, and is its own transpose: a cotangent is masked in the same way.
     """
-    formula_of, *points = _as_function_of(positions, formula, inputs)
-    losses, pullback = jax.vjp(formula_of, *points)
-    derivatives = pullback(_broadcast(weights.astype(losses.dtype), losses))
-    finite = weights.astype(bool) | jnp.isfinite(losses)
-    return [_weigh(losses, weights), *derivatives, *[_select(finite, losses)] * of_weights]
+    return _mask_p.bind(*vary_alike(_broadcast(absent, tangent), tangent))[0]
 
 
-def _losses_and_derivatives_jvp(
-    formula: LossFunction,
-    positions: tuple[int, ...],
-    of_weights: bool,
-    primals: Any,
-    tangents: Any,
-) -> tuple[Any, Any]:
-    def lifted(weights: Array, *inputs: Array) -> list[Array]:
-        usable = functools.partial(_usable_losses, formula, weights.astype(bool))
-        losses, pullback = jax.vjp(*_as_function_of(positions, usable, inputs))
-        scale = _broadcast(weights.astype(losses.dtype), losses)
-        return [losses * scale, *pullback(scale), *[losses] * of_weights]
-
-    return _jvp(lifted, primals, tangents)
+def _zero_unless_finite(absent: Array, x: Array) -> list[Array]:
+    # In operations of lax, as this is traced for every gradient of every loss. And not by
+    # lax.is_finite, for which XLA gives up the one kernel of a softmax on a GPU.
+    is_finite = lax.lt(lax.abs(x), lax.full_like(x, np.inf))
+    return [lax.select(absent, lax.select(is_finite, x, lax.full_like(x, 0)), x)]
 
 
-_losses_and_derivatives.defjvp(_losses_and_derivatives_jvp, symbolic_zeros=True)
+def _mask_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    return _mask_p.bind(*primals), _mask_p.bind(primals[0], tangents[1])
+
+
+def _mask_transpose(cotangents: Any, absent: Any, x: Any) -> list[Any]:
+    (cotangent,) = cotangents
+    is_zero = isinstance(cotangent, ad.Zero)
+    return [None, None] if is_zero else [None, *_mask_p.bind(absent, cotangent)]
+
+
+def _like_second(first: Any, second: Any) -> list[Any]:
+    return [second]
+
+
+_guard_p = define_primitive("guard", _like_second, _like_second, elementwise=True)
+ad.primitive_jvps[_guard_p] = _guard_jvp
+_mask_p = define_primitive("mask", _zero_unless_finite, _like_second, elementwise=True)
+ad.primitive_jvps[_mask_p] = _mask_jvp
+ad.primitive_transposes[_mask_p] = _mask_transpose
 
 
 def lifted_losses(function: LossFunction, weights: Array, *inputs: Array) -> Array:
@@ -118,18 +131,19 @@ def lifted_losses(function: LossFunction, weights: Array, *inputs: Array) -> Arr
     finite. Arguments are those of :func:`masked_losses`, but a loss may depend on other places, and
     the function may close over traced arrays.
     """
-    losses = _usable_losses(function, weights.astype(bool), *inputs)
-    return losses * weights.astype(losses.dtype)
-
-
-def _usable_losses(function: LossFunction, present: Array, *inputs: Array) -> Array:
-    usable = present | _is_differentiable(function, inputs)
+    present = weights.astype(bool)
+    raw, is_differentiable = _losses_and_check(function, inputs)
+    usable = present | is_differentiable
     replaced = [jnp.where(_expand(usable, x), x, _placeholder(i, x)) for i, x in enumerate(inputs)]
-    return jnp.where(usable, function(*replaced), 0)
+    losses = jnp.where(usable, function(*replaced), 0)
+    scale = weights.astype(losses.dtype)
+    # The derivative with respect to a weight is the loss, also where the inputs are replaced.
+    of_weight = jnp.where(usable | ~jnp.isfinite(raw), 0, lax.stop_gradient(raw))
+    return losses * scale + of_weight * (scale - lax.stop_gradient(scale))
 
 
-def _is_differentiable(function: LossFunction, inputs: Sequence[Array]) -> Array:
-    """Which losses are finite and have finite derivatives."""
+def _losses_and_check(function: LossFunction, inputs: Sequence[Array]) -> tuple[Array, Array]:
+    """The losses, and which of them are finite and have finite derivatives."""
     inputs = [lax.stop_gradient(x) for x in inputs]
     positions = [i for i, x in enumerate(inputs) if is_float(x)]
     function_of, *points = _as_function_of(positions, function, inputs)
@@ -154,7 +168,7 @@ def _is_differentiable(function: LossFunction, inputs: Sequence[Array]) -> Array
     finite = jnp.isfinite(losses)
     for derivative in derivatives:
         finite &= jnp.all(jnp.isfinite(derivative), tuple(range(finite.ndim, derivative.ndim)))
-    return finite
+    return losses, finite
 
 
 def _placeholder(index: int, x: Array) -> Array:
@@ -173,17 +187,6 @@ def _placeholder(index: int, x: Array) -> Array:
     return 0.25 + spread.astype(x.dtype) * 2.0**-33 + jnp.zeros_like(x)
 
 
-def _has_tangent(tangent: Any) -> bool:
-    return not isinstance(tangent, SymbolicZero)
-
-
-def _jvp(function: Callable[..., Any], primals: Any, tangents: Any) -> tuple[Any, Any]:
-    """``jax.jvp`` with respect to the arguments that have a tangent."""
-    positions = [i for i, t in enumerate(tangents) if _has_tangent(t)]
-    function_of, *points = _as_function_of(positions, function, primals)
-    return jax.jvp(function_of, points, [tangents[i] for i in positions])
-
-
 def _as_function_of(
     positions: Sequence[int], function: Callable[..., Any], arguments: Sequence[Array]
 ) -> list[Any]:
@@ -194,12 +197,6 @@ def _as_function_of(
         return function(*(chosen.get(i, a) for i, a in enumerate(arguments)))
 
     return [function_of, *(arguments[i] for i in positions)]
-
-
-def _weigh(x: Array, weights: Array) -> Array:
-    """``x`` times the weights, and 0 where a weight is 0, whatever ``x`` is there."""
-    scale = _broadcast(weights.astype(x.dtype), x)
-    return lax.mul(_select(weights.astype(bool), x), scale)
 
 
 def _select(mask: Array, x: Array) -> Array:
@@ -220,48 +217,3 @@ def _broadcast(x: Array, like: Array) -> Array:
 def _expand(x: Array, like: Array) -> Array:
     """``x`` with an axis of one for each axis that ``like`` has behind its own."""
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))
-
-
-def _masked_product(absent: Array, derivative: Array, tangent: Array) -> Array:
-    """``derivative * tangent``, and 0 where a place is absent and that is not finite."""
-    tangent = tangent.astype(derivative.dtype)
-    absent = _broadcast(_expand(absent, derivative), derivative)
-    (product,) = _masked_product_p.bind(*vary_alike(absent, derivative, tangent))
-    return product
-
-
-def _multiply(absent: Array, x: Array, y: Array) -> list[Array]:
-    # In operations of lax, as this is traced for every gradient of every loss.
-    product = lax.mul(x, y)
-    # Not lax.is_finite, for which XLA gives up the one kernel of a softmax on a GPU.
-    is_finite = lax.lt(lax.abs(product), lax.full_like(product, np.inf))
-    finite_product = lax.select(is_finite, product, lax.full_like(product, 0))
-    return [lax.select(absent, finite_product, product)]
-
-
-def _multiply_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    absent, x, y = primals
-    _, x_tangent, y_tangent = tangents
-    product = _masked_product_p.bind(absent, x, y)
-    terms = []
-    if not isinstance(x_tangent, ad.Zero):
-        terms += _masked_product_p.bind(absent, x_tangent, y)
-    if not isinstance(y_tangent, ad.Zero):
-        terms += _masked_product_p.bind(absent, x, y_tangent)
-    return product, [sum(terms[1:], terms[0])]
-
-
-def _multiply_transpose(cotangents: Any, absent: Any, x: Any, y: Any) -> list[Any]:
-    (cotangent,) = cotangents
-    if isinstance(cotangent, ad.Zero):
-        return [None, None, None]
-    if ad.is_undefined_primal(x):
-        return [None, *_masked_product_p.bind(absent, cotangent, y), None]
-    return [None, None, *_masked_product_p.bind(absent, x, cotangent)]
-
-
-_masked_product_p = define_primitive(
-    "masked_product", _multiply, lambda absent, x, y: [x], elementwise=True
-)
-ad.primitive_jvps[_masked_product_p] = _multiply_jvp
-ad.primitive_transposes[_masked_product_p] = _multiply_transpose

@@ -66,4 +66,6 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     if not any(AxisType.Manual in jax.typeof(a).sharding.mesh.axis_types for a in arrays):
         return arrays
     zero = sum(jnp.sum(jnp.zeros_like(a), dtype=int) for a in arrays)
-    return tuple(a if a.dtype == bool else a + jnp.asarray(zero, a.dtype) for a in arrays)
+    return tuple(
+        a | (zero != 0) if a.dtype == bool else a + jnp.asarray(zero, a.dtype) for a in arrays
+    )

@@ -39,7 +39,8 @@ def reduce_together(x: Array, mask: Array, *, operation: str, num_kept_axes: int
         bits = lax.bitcast_convert_type(x, jnp.int32 if x.dtype.itemsize == 4 else jnp.int64)
         integers = lax.select(mask, bits, lax.full_like(bits, 0))
     else:
-        integers = jnp.broadcast_to(lax.convert_element_type(mask, jnp.int32), x.shape)
+        # In this order, or XLA would keep all the ones of an unused mask in memory.
+        integers = lax.convert_element_type(jnp.broadcast_to(mask, x.shape), jnp.int32)
     # A maximum rounds nothing, so its blocks may be whole rows.
     width = _width(columns) if is_sum else columns
     shape = (*kept, size // columns, columns)

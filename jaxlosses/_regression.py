@@ -274,19 +274,16 @@ def _centred(p: Array, y: Array) -> Array:
     """The differences less their mean over the sample."""
 
     def in_one_kernel(p: Array, y: Array) -> Array:
-        return (p - y) - _mean_of_samples(p - y)
+        return sum_of(p - y, 1)
 
     def in_two_passes(p: Array, y: Array) -> Array:
         # Not of p - y, which XLA would then keep in memory from one pass to the next.
-        return (p - y) + _mean_of_samples(y - p)
+        return -sum_of(y - p, 1)
 
     # A GPU's kernel keeps a sample from its first reading to its second.
     ways = {"cuda": in_one_kernel, "default": in_two_passes}
-    return jax.lax.platform_dependent(p, y, **ways)
-
-
-def _mean_of_samples(x: Array) -> Array:
-    return (sum_of(x, 1) / _sample_size(x)).reshape(-1, *(1,) * (x.ndim - 1))
+    mean = jax.lax.platform_dependent(p, y, **ways) / _sample_size(p)
+    return (p - y) - mean.reshape(-1, *(1,) * (p.ndim - 1))
 
 
 def _sample_size(samples: Array) -> int:

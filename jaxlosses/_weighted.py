@@ -14,6 +14,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from jaxlosses._kernel import align, reduce_weighted
 from jaxlosses._masking import lifted_losses
+from jaxlosses._primitive import vary_alike
 from jaxlosses._typing import (
     AxisName,
     Reduction,
@@ -32,25 +33,35 @@ def weighted(loss_fn: Callable[..., Array], *, num_inputs: int = 2) -> Callable[
     $$\text{weighted}(f)(x, \ldots, w) = \frac{\sum_i w_i\, f(x, \ldots)_i}{|\{i : w_i \ne 0\}|}$$
 
     The function is differentiated as JAX differentiates it, in every mode and order. A loss may
-    depend on other places, as in contrastive and ranking losses: its gradient is that of the
+    depend on other examples, as in contrastive and ranking losses: its gradient is that of the
     weighted sum.
 
-    Absent means absent for the function too. Where a place is absent and its loss, or the
-    derivative of its loss, is not finite, its inputs are replaced: floating-point numbers by
-    numbers between 1/4 and 3/4, integers by 0. So neither NaN nor an infinite derivative (of a
-    square root at 0) reaches a gradient. An absent place that does no harm stays as it is, for
-    other places may depend on it. Value and derivative are always of the same inputs.
+    An example whose weight is zero is absent. If its loss is not finite, or the derivative of the
+    losses with respect to its inputs is not finite, all its inputs are replaced before the function
+    sees them: floating-point numbers by numbers between 1/4 and 3/4, integers and booleans by 0. So
+    neither NaN nor an infinite derivative (of a square root at 0) reaches the gradient of an input.
+    Other absent examples keep their inputs, because other losses may depend on them. If they depend
+    on an example that is replaced, they see the replacement, in value and derivative alike.
 
-    Out of reach are an absent place whose loss and derivative are finite and whose second
-    derivative is not, where second derivatives are taken; and what is absent in arrays that the
-    function closes over or takes as options: these are not masked.
+    This is out of reach:
+
+    - arrays that the function closes over or takes as options: what is absent in them is not
+      masked, and a gradient with respect to them may be NaN where the replaced inputs are not
+      valid inputs of the function (a count of 0 under a logarithm);
+    - an absent example whose loss and first derivatives are finite and whose second derivatives are
+      not, if second derivatives are taken;
+    - the loss of an absent example that is not differentiable at inputs of examples that count.
+
+    The function is traced, as by ``jax.jit``. Unless the weights are a Python or NumPy constant
+    without zeros, it is evaluated and differentiated once more, to see what is finite.
 
     Args:
-        loss_fn: ``loss_fn(*inputs, **options)`` returns an array of losses, one for each place of
-            the leading axes of all inputs, unreduced. Floating-point inputs reach it as float32 at
-            least. It may close over traced arrays.
-        num_inputs: How many inputs it takes; at least 1. An input is an array or a pytree of
-            arrays.
+        loss_fn: ``loss_fn(*inputs, **options)`` returns an array with one loss for each example:
+            from inputs ``[batch, ...]`` losses ``[batch]``, or a loss for each place of more
+            leading axes, which all inputs have in common. It does not reduce them. Floating-point
+            inputs reach it as float32 at least. It may close over traced arrays.
+        num_inputs: How many inputs it takes; at least 1. An input is an array of real numbers or a
+            pytree of such arrays.
 
     Returns:
         A function of ``(*inputs, weights=1.0, *, reduction="mean", axis_name=None, **options)``;
@@ -58,9 +69,9 @@ def weighted(loss_fn: Callable[..., Array], *, num_inputs: int = 2) -> Callable[
 
     Raises:
         ValueError: if ``loss_fn`` is not a function or ``num_inputs`` not a positive integer. From
-            the lifted function: if ``loss_fn`` does not return one real array, or one number for
-            inputs with axes; if the losses' shape does not begin the shape of each input; or if
-            the weights do not align with it.
+            the lifted function: if ``loss_fn`` does not return one array of real losses; if it
+            returns one number although inputs have axes; if the losses' shape does not begin the
+            shape of each input; or if the weights do not align with it.
         TypeError: from the lifted function, if it is called with another number of inputs.
 
     References:
@@ -70,7 +81,7 @@ def weighted(loss_fn: Callable[..., Array], *, num_inputs: int = 2) -> Callable[
     Example:
         >>> import jax.numpy as jnp
         >>> import jaxlosses as jl
-        >>> def gaussian(mean, labels, variance):  # the negative log-likelihood, but a constant
+        >>> def gaussian(mean, labels, variance):  # negative log-likelihood, up to a constant
         ...     return (jnp.log(variance) + jnp.square(labels - mean) / variance) / 2
         >>> mean, labels = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.0, 4.0, jnp.nan])
         >>> variance, weights = jnp.array([1.0, 1.0, 0.0]), jnp.array([1, 1, 0])
@@ -84,54 +95,53 @@ def weighted(loss_fn: Callable[..., Array], *, num_inputs: int = 2) -> Callable[
     return _Weighted(loss_fn, num_inputs)
 
 
-_ONES = 1.0
+_ONES = 1.0  # The default, which can be told from another number that is 1.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weighted:
-    """What :func:`weighted` returns: a class, so that it can be pickled."""
+    """A lifted loss function: see ``jaxlosses.weighted``. It can be pickled if the function can."""
 
     loss_fn: Callable[..., Array]
     num_inputs: int
 
     def __call__(
         self,
-        *arguments: Any,
+        *inputs: Any,
         weights: Weights = _ONES,
         reduction: Reduction = "mean",
         axis_name: AxisName = None,
         **options: Any,
     ) -> Result:
-        inputs = list(arguments)
-        if len(inputs) == self.num_inputs + 1 and weights is _ONES:
-            weights = inputs.pop()
-        if len(inputs) != self.num_inputs:
+        if len(inputs) == self.num_inputs + 1:
+            if weights is not _ONES:
+                raise TypeError(f"{self} got weights twice, by position and by name")
+            *examples, weights = inputs
+        else:
+            examples = list(inputs)
+        if len(examples) != self.num_inputs:
             raise TypeError(
-                f"{self} takes {self.num_inputs} inputs (num_inputs), and then weights; "
-                f"got {len(inputs)} inputs"
+                f"{self} takes {self.num_inputs} inputs by position (num_inputs), then weights; "
+                f"all else by name; got {len(inputs)} by position and {sorted(options)} by name"
             )
         # Weights that are known when the program is traced cost nothing if none of them is zero.
-        none_absent = not isinstance(weights, Array) and bool(np.all(weights))
-        weights = as_array("weights", weights)
-        paths, structure = jax.tree_util.tree_flatten_with_path(inputs)
-        for i, value in enumerate(inputs):
-            if not jax.tree.leaves(value):
-                raise ValueError(f"inputs[{i}] must be an array or a pytree of arrays, got {value}")
-        arrays = [as_array(f"inputs{jax.tree_util.keystr(path)}", x) for path, x in paths]
+        given, weights = weights, as_array("weights", weights)
+        none_absent = not isinstance(given, Array) and bool(np.all(given))
+        names, arrays, structure = _flatten(examples)
         dtype = precision(*arrays, weights)
 
         def losses_of(*arrays: Array) -> Array:
             losses = self.loss_fn(*jax.tree.unflatten(structure, arrays), **options)
-            self._check(losses, arrays)
+            _check_losses(losses, dict(zip(names, arrays, strict=True)))
             return losses.astype(dtype)
 
-        arrays = in_precision(arrays, weights)
+        weights, *arrays = vary_alike(weights, *in_precision(arrays, weights))
         # Traced once, and repeated from the trace, to see what is finite and for the losses.
         traced, result = jax.make_jaxpr(losses_of, return_shape=True)(*arrays)
         weights = align(weights, result.shape)
 
         def repeated(*arrays: Array) -> Array:
-            return jaxpr_as_fun(traced)(*arrays)[0]
+            return jax.jit(jaxpr_as_fun(traced))(*arrays)[0]
 
         if none_absent:
             losses = repeated(*arrays) * weights.astype(dtype)
@@ -142,20 +152,37 @@ class _Weighted:
     def __repr__(self) -> str:
         return f"weighted({getattr(self.loss_fn, '__name__', self.loss_fn)})"
 
-    def _check(self, losses: Any, arrays: Sequence[Array]) -> None:
-        """``ValueError`` unless the function returned losses of examples."""
-        if not isinstance(losses, Array) or jnp.issubdtype(losses.dtype, jnp.complexfloating):
-            raise ValueError(f"the loss function must return one real array, got {losses}")
-        for array in arrays:
-            if array.shape[: losses.ndim] != losses.shape:
-                raise ValueError(
-                    f"the losses must have a leading part of the shape of all inputs, "
-                    f"got losses of shape {losses.shape} for an input of shape {array.shape}"
-                )
-        if losses.ndim == 0 and any(array.ndim for array in arrays):
+
+def _flatten(inputs: Sequence[Any]) -> tuple[list[str], list[Array], Any]:
+    """Names and values of all arrays in the inputs, and their structure."""
+    for i, value in enumerate(inputs):
+        if not jax.tree.leaves(value):
+            raise ValueError(f"inputs[{i}] must be an array or a pytree of arrays, got {value}")
+    paths, structure = jax.tree_util.tree_flatten_with_path(list(inputs))
+    names = [f"inputs{jax.tree_util.keystr(path)}" for path, _ in paths]
+    arrays = [as_array(name, value) for name, (_, value) in zip(names, paths, strict=True)]
+    return names, arrays, structure
+
+
+def _check_losses(losses: Any, inputs: dict[str, Array]) -> None:
+    """``ValueError`` unless a function returned losses of examples."""
+    if not isinstance(losses, Array):
+        raise ValueError(
+            f"the loss function must return one real array, got {type(losses).__name__}"
+        )
+    if jnp.issubdtype(losses.dtype, jnp.complexfloating):
+        raise ValueError(f"the loss function must return one real array, got {losses.dtype}")
+    for name, array in inputs.items():
+        if array.shape[: losses.ndim] != losses.shape:
             raise ValueError(
-                f"the loss function must return a loss for each example, got one number for "
-                f"inputs of shapes {[array.shape for array in arrays]}, whose mean would be a mean "
-                f"of means; lift it with weighted(jax.vmap(...)), or give its number to "
-                f"compute_weighted_loss"
+                f"the losses must have a leading part of the shape of all inputs, got losses of "
+                f"shape {losses.shape} for {name} of shape {array.shape}; what has no axis of "
+                f"examples is an option, given by name"
             )
+    if losses.ndim == 0 and any(array.ndim for array in inputs.values()):
+        raise ValueError(
+            f"the loss function must return a loss for each example, got one number for inputs of "
+            f"shapes {[array.shape for array in inputs.values()]}, whose mean would be a mean of "
+            f"means; lift it with weighted(jax.vmap(...)), or give its number to "
+            f"compute_weighted_loss"
+        )

@@ -59,10 +59,7 @@ COMBINATIONS = [
 
 
 # XLA reads one input once more where both gradients are wanted at a time.
-READS_ONCE_MORE = {
-    ("softmax_cross_entropy", "full", "gradients", "float32"),
-    ("mean_pairwise_squared_error", "full", "gradients", "float32"),
-}
+READS_ONCE_MORE = {("mean_pairwise_squared_error", "full", "gradients", "float32")}
 
 
 @functools.cache

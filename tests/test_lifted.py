@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arguments import NOT_A_NUMBER
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax import losses
 
 import jaxlosses as jl
@@ -368,6 +369,44 @@ def test_functions_with_derivatives_in_one_mode_or_none():
         close(jl.weighted(called_back, num_inputs=1)(x, weights), jnp.float32(2))
 
 
+def test_a_weight_of_zero_is_learned_where_the_inputs_are_replaced():
+    """The loss is finite there, and only its derivative is not."""
+
+    def far(anchors, positives, negatives):
+        near, distant = (jnp.linalg.norm(anchors - x, axis=-1) for x in (positives, negatives))
+        return jnp.maximum(near - distant + 9, 0)
+
+    anchors, negatives = reals(4, 2), reals(4, 2)
+    positives = jnp.where(jnp.arange(4)[:, None] == 1, anchors, reals(4, 2))
+    weights = jnp.array([1.0, 0.0, 1.0, 2.0])
+    inputs = (anchors, positives, negatives)
+    lifted = jl.weighted(far, num_inputs=3)
+    gradient = jax.grad(functools.partial(lifted, reduction="sum"), (0, 1, 2, 3))(*inputs, weights)
+    chex.assert_tree_all_finite(gradient)
+    close(gradient[3], far(*inputs))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
+def test_inputs_on_a_mesh_need_not_be_sharded_alike(kind):
+    def loss(x, y, w, axis_name=None):
+        labels = jnp.ones(len(x)) if axis_name else y  # Made inside: the same on every device.
+        function = jl.weighted(lambda x, y: jnp.minimum(jnp.logaddexp(0, x) - x * y, 9.0))
+        return function(x, labels, w, axis_name=axis_name)
+
+    x, y, w = reals(8), jnp.ones(8), jnp.array([1.0, 0, 0, 1, 1, 0, 1, 1])
+    expected = jax.value_and_grad(loss)(x, y, w)
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
+    rows, whole = PartitionSpec("d"), PartitionSpec()
+    with jax.set_mesh(mesh):
+        if kind is AxisType.Auto:
+            options = {"mesh": mesh, "in_specs": (rows, rows, rows), "out_specs": whole}
+            mapped = jax.shard_map(functools.partial(loss, axis_name="d"), **options)
+            for weights in (w, w > 0):
+                close(jax.jit(jax.value_and_grad(mapped))(x, y, weights), expected)
+        placed = [jax.device_put(a, NamedSharding(mesh, rows)) for a in (x, y, w)]
+        close(jax.value_and_grad(loss)(*placed), expected)  # Not in jit.
+
+
 def test_placeholders_differ_between_inputs_places_and_features():
     """Or a distance, or a standard deviation, would have an infinite derivative there."""
     x = jnp.full((3, 4), jnp.nan)
@@ -390,8 +429,8 @@ def test_placeholders_differ_between_inputs_places_and_features():
     [
         (losses.ntxent, [jnp.ones((4, 2)), jnp.ones(4)], "one number.*vmap.*weighted_loss"),
         (lambda p, y: (p, y), REALS, "one real array, got"),
-        (lambda p, y: None, REALS, "one real array, got None"),
-        (lambda p, y: "three", REALS, "one real array, got three"),
+        (lambda p, y: None, REALS, "one real array, got NoneType"),
+        (lambda p, y: "three", REALS, "one real array, got str"),
         (lambda p, y: p.astype(complex), REALS, "one real array"),
         (lambda p, y: p.sum(0), REALS, r"leading part.*\(3,\).*\(4, 3\)"),
         (lambda p, y: p + y, [reals(4, 3), reals(4, 1)], r"\(4, 3\).*\(4, 1\)"),
@@ -410,8 +449,10 @@ def test_wrong_calls_say_how_many_inputs_are_wanted():
     for wrong in ([x], [x, x], [x, x, x, x, x]):
         with pytest.raises(TypeError, match=r"weighted\(gaussian\) takes 3 inputs.*got \d"):
             three(*wrong)
-    with pytest.raises(TypeError, match="weighted"):
+    with pytest.raises(TypeError, match=r"weighted\(gaussian\) got weights twice"):
         three(x, x, x, x, weights=x)
+    with pytest.raises(TypeError, match=r"got 2 by position and \['variance'\]"):
+        three(x, x, variance=x)
     with pytest.raises(ValueError, match="loss_fn must be a function, got 'huber'"):
         jl.weighted("huber")
     for wrong in (0, -1, 1.5, None, True):
