@@ -32,7 +32,7 @@ def reduce_losses(
     """Weigh and reduce the losses ``formula(*inputs)``.
 
     Args:
-        formula: The losses, each from its own place of the inputs. It closes over no traced array.
+        formula: The losses, each from its own place of the inputs.
         inputs: Arrays that begin with the losses' axes. Floating-point inputs reach the formula in
             the precision of the result, integers (class ids) as they are.
         weights: Weights as the caller gave them.

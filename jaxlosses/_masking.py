@@ -128,8 +128,7 @@ def lifted_losses(function: LossFunction, weights: Array, *inputs: Array) -> Arr
     """``weights * function(*inputs)``, with harmless inputs where absent ones would do harm.
 
     A place is replaced where it is absent and its loss, or the derivative of its loss, is not
-    finite. Arguments are those of :func:`masked_losses`, but a loss may depend on other places, and
-    the function may close over traced arrays.
+    finite. Arguments are those of :func:`masked_losses`, but a loss may depend on other places.
     """
     present = weights.astype(bool)
     raw, is_differentiable = _losses_and_check(function, inputs)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend.core import jaxpr_as_fun
 
 from jaxlosses._kernel import align, reduce_weighted
 from jaxlosses._masking import lifted_losses
@@ -136,17 +135,11 @@ class _Weighted:
             return losses.astype(dtype)
 
         weights, *arrays = vary_alike(weights, *in_precision(arrays, weights))
-        # Traced once, and repeated from the trace, to see what is finite and for the losses.
-        traced, result = jax.make_jaxpr(losses_of, return_shape=True)(*arrays)
-        weights = align(weights, result.shape)
-
-        def repeated(*arrays: Array) -> Array:
-            return jax.jit(jaxpr_as_fun(traced))(*arrays)[0]
-
+        weights = align(weights, jax.eval_shape(losses_of, *arrays).shape)
         if none_absent:
-            losses = repeated(*arrays) * weights.astype(dtype)
+            losses = losses_of(*arrays) * weights.astype(dtype)
         else:
-            losses = lifted_losses(repeated, weights, *arrays)
+            losses = lifted_losses(losses_of, weights, *arrays)
         return reduce_weighted(losses, weights, reduction=reduction, axis_name=axis_name)
 
     def __repr__(self) -> str:

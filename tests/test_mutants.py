@@ -46,8 +46,8 @@ MUTANTS = {
     ),
     "mask a coupled function like an independent one": (
         LIFT,
-        "lifted_losses(repeated,",
-        "__import__('jaxlosses')._masking.masked_losses(repeated,",
+        "lifted_losses(losses_of,",
+        "__import__('jaxlosses')._masking.masked_losses(losses_of,",
         "weighted(centred)",
         "value_and_derivative_are_of_the_same_inputs",
     ),
