@@ -361,8 +361,8 @@ def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, A
 
 
 def _product_of_zero(y: Array, x: Array) -> Array:
-    """``y * x``, and 0 where ``y`` is 0, even if ``x`` is infinite."""
-    return jnp.where(y == 0, 0, y * x)
+    """``y * x``, and 0 where ``y`` is 0 and ``x`` is infinite."""
+    return jnp.where((y == 0) & jnp.isinf(x), 0, y * x)
 
 
 def class_losses(

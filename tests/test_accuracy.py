@@ -102,3 +102,8 @@ def test_doubles_stay_doubles():
         np.testing.assert_allclose(value, 5e-19, rtol=1e-6)
         single = jl.mean_squared_error(np.ones(2, np.float32), np.ones(2, np.float32))
         assert single.dtype == jnp.float32
+
+
+def test_a_logit_that_is_not_a_number_is_seen_whatever_the_label():
+    for labels in ([[0.0, 0.0]], [[0.0, 1.0]]):
+        assert jnp.isnan(jl.softmax_cross_entropy(jnp.array([[jnp.nan, 0.0]]), jnp.array(labels)))
