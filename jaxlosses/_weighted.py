@@ -49,7 +49,9 @@ def weighted(loss_fn: Callable[..., Array], *, num_inputs: int = 2) -> Callable[
       valid inputs of the function (a count of 0 under a logarithm);
     - an absent example whose loss and first derivatives are finite and whose second derivatives are
       not, if second derivatives are taken;
-    - the loss of an absent example that is not differentiable at inputs of examples that count.
+    - the loss of an absent example that is not differentiable at inputs of examples that count;
+    - class ids of 64 bits in NumPy arrays, which JAX cuts to 32 bits before the function sees them;
+    - ``jax.debug_nans`` and ``checkify``, which see the function at the inputs of absent examples.
 
     The function is traced, as by ``jax.jit``. Unless the weights are a Python or NumPy constant
     without zeros, it is evaluated and differentiated once more, to see what is finite.

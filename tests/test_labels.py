@@ -17,8 +17,8 @@ CLASSES = 3
 KERNEL = jnp.ones((2, CLASSES))
 
 
-def linear(hidden, labels, *weights, **options):
-    return jl.linear_softmax_cross_entropy(hidden[..., :2], KERNEL, labels, *weights, **options)
+def linear(hidden, labels, weights=1.0, **options):
+    return jl.linear_softmax_cross_entropy(hidden[..., :2], KERNEL, labels, weights, **options)
 
 
 LOSSES = {"sparse": jl.sparse_softmax_cross_entropy, "linear": linear}
@@ -165,3 +165,14 @@ def test_x64_keeps_labels_wide():
         assert jnp.isnan(jl.sparse_softmax_cross_entropy(X[:2], labels))
         ignored = jl.sparse_softmax_cross_entropy(X[:2], labels, ignore_index=2**32 + 1)
         chex.assert_trees_all_close(ignored, jnp.log(jnp.float32(3)))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_debug_nans_finds_nothing_where_labels_are_ignored_or_absent(name):
+    weights = jnp.array([1.0, 0.0, 1.0, 1.0])
+    with jax.debug_nans(True):
+        for options in ({"ignore_index": 7}, {"weights": weights}):
+            loss = functools.partial(LOSSES[name], labels=WRONG, **options)
+            chex.assert_tree_all_finite(jax.value_and_grad(loss)(X))
+        with pytest.raises(FloatingPointError):
+            LOSSES[name](X, WRONG)
