@@ -69,7 +69,9 @@ def _reduce_separately(
 ) -> list[Array]:
     """Each result by a reduction of its own: XLA fuses these, also over devices, except on CPUs."""
     axes = tuple(range(num_kept_axes, x.ndim))
-    results = [(jnp.sum if operation in _SUMS else jnp.max)(x, axes)]
+    is_sum = operation in _SUMS
+    # Under vmap this function is differentiated in place of the primitive.
+    results = [jnp.sum(x, axes) if is_sum else jnp.max(lax.stop_gradient(x), axes)]
     if operation == "sum and count":
         copies = math.prod(x.shape) // max(mask.size, 1)
         results.append(jnp.sum(mask, dtype=count_dtype or x.dtype).astype(x.dtype) * float(copies))

@@ -171,6 +171,13 @@ MUTANTS = {
         "mean_squared_error",
         "nothing_counts_gives_zero",
     ),
+    "differentiate the largest logit under vmap": (
+        REDUCE,
+        "jnp.max(lax.stop_gradient(x), axes)",
+        "jnp.max(x, axes)",
+        "sparse_softmax_cross_entropy",
+        "vmap_is_a_loop",
+    ),
     "swallow NaN that counts": (
         REDUCE_CPU,
         "return [lax.add(a[0], b[0]), lax.add(a[1], b[1])]",
