@@ -1,6 +1,7 @@
 """Functions written elsewhere, lifted: JAX's own numbers, and nothing from what is absent."""
 
 import functools
+import pickle
 
 import chex
 import jax
@@ -458,3 +459,10 @@ def test_wrong_calls_say_how_many_inputs_are_wanted():
     for wrong in (0, -1, 1.5, None, True):
         with pytest.raises(ValueError, match="num_inputs must be"):
             jl.weighted(gaussian, num_inputs=wrong)
+
+
+def test_a_lifted_function_can_be_pickled_and_compared():
+    lifted = jl.weighted(losses.huber_loss)
+    copied = pickle.loads(pickle.dumps(lifted))
+    assert copied == lifted
+    close(copied(*REALS, delta=0.5), lifted(*REALS, delta=0.5))
