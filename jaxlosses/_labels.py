@@ -46,6 +46,7 @@ def with_wide_labels(loss: Callable[P, R]) -> Callable[P, R]:
 
 
 def _narrow(labels: Any, options: dict[str, Any]) -> Any:
+    """NumPy labels in the dtype that JAX will give them; an impossible one stays impossible."""
     if not isinstance(labels, np.ndarray | np.integer):
         return labels
     narrow = jax.dtypes.canonicalize_dtype(labels.dtype)
@@ -80,15 +81,15 @@ def class_ids(
         limits.min <= check_integer("ignore_index", ignore_index) <= limits.max
     ):
         raise ValueError(f"ignore_index must be a value of {labels.dtype}, got {ignore_index}")
+    # Narrow integers could not be compared with the number of classes.
+    labels = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
     labels = labels.reshape(logits_shape[:-1])
     weights = align(as_array("weights", weights), labels.shape)
     absent = ~_is_class(labels, classes) & ~weights.astype(bool)
     if ignore_index is not None:
         absent |= labels == jnp.asarray(ignore_index, labels.dtype)
     weights = jnp.where(absent, jnp.zeros_like(weights), weights)
-    labels = _check(jnp.where(absent, 0, labels), weights.astype(bool), classes)
-    # Narrow integers could not be compared with the places of classes.
-    return labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32), weights
+    return _check(jnp.where(absent, 0, labels), weights.astype(bool), classes), weights
 
 
 def is_label(labels: Array, shape: tuple[int, ...]) -> Array:
@@ -106,8 +107,6 @@ def nan_if_impossible(losses: Array, labels: Array, classes: int) -> Array:
 
 
 def _is_class(labels: Array, classes: int) -> Array:
-    # In numbers that can hold both a narrow label and the number of classes.
-    labels = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
     return (labels >= 0) & (labels < classes)
 
 

@@ -26,6 +26,7 @@ alike, and JAX differentiates the function as it is.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from jaxlosses._primitive import define_primitive, vary_alike
@@ -50,7 +52,7 @@ def masked_losses(formula: LossFunction, weights: Array, *inputs: Array) -> Arra
         weights: Weights with as many axes as the losses, each equal to theirs or 1.
         inputs: Arrays that begin with the losses' axes, in the precision of the result.
     """
-    absent = lax.eq(weights, lax.full_like(weights, 0))
+    absent = _is_absent(weights)
     return _weigh(formula(*(_guard(absent, x) if is_float(x) else x for x in inputs)), weights)
 
 
@@ -64,7 +66,7 @@ def _weigh(losses: Array, weights: Array) -> Array:
 def _weigh_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     losses, weights = primals
     losses_tangent, weights_tangent = tangents
-    absent, dtype = lax.eq(weights, lax.full_like(weights, 0)), losses.dtype
+    absent, dtype = _is_absent(weights), losses.dtype
     terms = []
     if not isinstance(losses_tangent, SymbolicZero):
         scale = _guard(absent, _broadcast(weights.astype(dtype), losses))
@@ -84,10 +86,6 @@ def _guard(absent: Array, x: Array) -> Array:
     return _guard_p.bind(*vary_alike(absent, x))[0]
 
 
-def _guard_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    return _guard_p.bind(*primals), _mask_p.bind(primals[0], tangents[1])
-
-
 def _mask(absent: Array, tangent: Array) -> Array:
     """``tangent``, and 0 where a place is absent and the tangent is not finite.
 
@@ -103,8 +101,9 @@ def _zero_unless_finite(absent: Array, x: Array) -> list[Array]:
     return [lax.select(absent, lax.select(is_finite, x, lax.full_like(x, 0)), x)]
 
 
-def _mask_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
-    return _mask_p.bind(*primals), _mask_p.bind(primals[0], tangents[1])
+def _masked_jvp(primitive: Primitive, primals: Any, tangents: Any) -> tuple[Any, Any]:
+    """The derivative of either primitive: the tangent is masked."""
+    return primitive.bind(*primals), _mask_p.bind(primals[0], tangents[1])
 
 
 def _mask_transpose(cotangents: Any, absent: Any, x: Any) -> list[Any]:
@@ -118,9 +117,9 @@ def _like_second(first: Any, second: Any) -> list[Any]:
 
 
 _guard_p = define_primitive("guard", _like_second, _like_second, elementwise=True)
-ad.primitive_jvps[_guard_p] = _guard_jvp
 _mask_p = define_primitive("mask", _zero_unless_finite, _like_second, elementwise=True)
-ad.primitive_jvps[_mask_p] = _mask_jvp
+ad.primitive_jvps[_guard_p] = functools.partial(_masked_jvp, _guard_p)
+ad.primitive_jvps[_mask_p] = functools.partial(_masked_jvp, _mask_p)
 ad.primitive_transposes[_mask_p] = _mask_transpose
 
 
@@ -144,8 +143,11 @@ def lifted_losses(function: LossFunction, weights: Array, *inputs: Array) -> Arr
 def _losses_and_check(function: LossFunction, inputs: Sequence[Array]) -> tuple[Array, Array]:
     """The losses, and which of them are finite and have finite derivatives."""
     inputs = [lax.stop_gradient(x) for x in inputs]
-    positions = [i for i, x in enumerate(inputs) if is_float(x)]
-    function_of, *points = _as_function_of(positions, function, inputs)
+    points = [x for x in inputs if is_float(x)]
+
+    def function_of(*floats: Array) -> Array:
+        rest = iter(floats)
+        return function(*(next(rest) if is_float(x) else x for x in inputs))
 
     def in_reverse_mode() -> tuple[Array, Sequence[Array]]:
         losses, pullback = jax.vjp(function_of, *points)
@@ -153,7 +155,7 @@ def _losses_and_check(function: LossFunction, inputs: Sequence[Array]) -> tuple[
 
     def in_forward_mode() -> tuple[Array, Sequence[Array]]:
         # Not ones, which would cancel in a difference of two inputs.
-        tangents = [_placeholder(i, inputs[i]) for i in positions]
+        tangents = [_placeholder(i, x) for i, x in enumerate(points)]
         losses, tangent = jax.jvp(function_of, points, tangents)
         return losses, [tangent]
 
@@ -186,16 +188,8 @@ def _placeholder(index: int, x: Array) -> Array:
     return 0.25 + spread.astype(x.dtype) * 2.0**-33 + jnp.zeros_like(x)
 
 
-def _as_function_of(
-    positions: Sequence[int], function: Callable[..., Any], arguments: Sequence[Array]
-) -> list[Any]:
-    """``function`` of the arguments at some positions, the others held, and these arguments."""
-
-    def function_of(*some: Array) -> Any:
-        chosen = dict(zip(positions, some, strict=True))
-        return function(*(chosen.get(i, a) for i, a in enumerate(arguments)))
-
-    return [function_of, *(arguments[i] for i in positions)]
+def _is_absent(weights: Array) -> Array:
+    return lax.eq(weights, lax.full_like(weights, 0))
 
 
 def _select(mask: Array, x: Array) -> Array:

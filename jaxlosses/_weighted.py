@@ -161,12 +161,9 @@ def _flatten(inputs: Sequence[Any]) -> tuple[list[str], list[Array], Any]:
 
 def _check_losses(losses: Any, inputs: dict[str, Array]) -> None:
     """``ValueError`` unless a function returned losses of examples."""
-    if not isinstance(losses, Array):
-        raise ValueError(
-            f"the loss function must return one real array, got {type(losses).__name__}"
-        )
-    if jnp.issubdtype(losses.dtype, jnp.complexfloating):
-        raise ValueError(f"the loss function must return one real array, got {losses.dtype}")
+    kind = losses.dtype if isinstance(losses, Array) else type(losses).__name__
+    if not isinstance(losses, Array) or jnp.issubdtype(kind, jnp.complexfloating):
+        raise ValueError(f"the loss function must return one real array, got {kind}")
     for name, array in inputs.items():
         if array.shape[: losses.ndim] != losses.shape:
             raise ValueError(

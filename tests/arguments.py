@@ -94,20 +94,22 @@ def cases(package: ModuleType) -> dict[str, Case]:
     return found
 
 
+def gaussian(mean: Any, labels: Any, variance: Any) -> Any:
+    return (jnp.log(variance) + jnp.square(labels - mean) / variance) / 2
+
+
+def centred(predictions: Any, labels: Any) -> Any:
+    errors = predictions - labels
+    return jnp.square(errors - jnp.mean(errors, 0, keepdims=True))
+
+
+def root(x: Any, y: Any) -> Any:
+    return jnp.sqrt(jnp.square(x - y))
+
+
 def lifted_cases(package: ModuleType) -> dict[str, Case]:
     """Functions written elsewhere: of three inputs, of other rows, and of a steep derivative."""
     real, probability = ArraySpec("real"), ArraySpec("probability")
-
-    def gaussian(mean: Any, labels: Any, variance: Any) -> Any:
-        return (jnp.log(variance) + jnp.square(labels - mean) / variance) / 2
-
-    def centred(predictions: Any, labels: Any) -> Any:
-        errors = predictions - labels
-        return jnp.square(errors - jnp.mean(errors, 0, keepdims=True))
-
-    def root(x: Any, y: Any) -> Any:
-        return jnp.sqrt(jnp.square(x - y))
-
     return {
         "weighted(gaussian)": Case(
             package.weighted(gaussian, num_inputs=3),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arguments import NOT_A_NUMBER
+from arguments import NOT_A_NUMBER, centred, gaussian
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from optax import losses
 
@@ -41,10 +41,6 @@ def bits(*shape):
 
 def ids(*shape, low=0):
     return jnp.asarray(RNG.integers(low, CLASSES, shape), jnp.int32)
-
-
-def gaussian(mean, labels, variance):
-    return (jnp.log(variance) + jnp.square(labels - mean) / variance) / 2
 
 
 def ppo(new, old, advantage):
@@ -139,11 +135,6 @@ def softmax_over_the_batch(scores, labels):
     return -labels * jax.nn.log_softmax(scores, 0)
 
 
-def centred(predictions, labels):
-    errors = predictions - labels
-    return jnp.square(errors - errors.mean(0))
-
-
 COUPLED = {
     "n_pairs": (n_pairs, [reals(*SCORES), reals(*SCORES)]),
     "softmax_over_the_batch": (softmax_over_the_batch, [reals(ROWS), distributions(1, ROWS)[0]]),
@@ -187,16 +178,6 @@ def hide(inputs, absent, rubbish, label=99):
         return jnp.where(spread(absent, x) > 0, jnp.asarray(filler, x.dtype), x)
 
     return jax.tree.map(hide_leaf, inputs)
-
-
-def total_of(function, join, weights):
-    """The weighted sum and what JAX makes of it."""
-
-    def total(some):
-        losses = function(*join(some))
-        return jnp.sum(spread(weights, losses) * losses)
-
-    return total
 
 
 def everything(total):
@@ -306,7 +287,7 @@ def test_weights_of_zero_can_be_learned_through_a_gradient(name):
         return jax.grad(lambda some: lifted(*join(some), weights, reduction="sum"))(floats)
 
     def expected(weights):
-        return jax.grad(total_of(function, join, weights))(floats)
+        return jax.grad(lambda some: jnp.sum(weights * function(*join(some))))(floats)
 
     zeros = jnp.zeros(shape)
     close(jax.jacfwd(gradient)(zeros), jax.jacfwd(expected)(zeros))
