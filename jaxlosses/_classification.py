@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from jaxlosses._kernel import reduce_losses
 from jaxlosses._labels import class_ids, is_label, nan_if_impossible, with_wide_labels
-from jaxlosses._reduce import max_and_pick, max_of, sum_of
+from jaxlosses._reduce import max_and_pick, max_of, size_of, sum_of
 from jaxlosses._typing import (
     AxisName,
     ClassIds,
@@ -40,6 +41,8 @@ def log_loss(
     $$l = -y \log(p + \epsilon) - (1 - y) \log(1 - p + \epsilon)$$
 
     Nothing is clipped: a prediction beyond $[-\epsilon, 1 + \epsilon]$ gives NaN, as in TensorFlow.
+    The limit of $y \log y$ at 0 is taken as its value, so that a perfect fit costs 0 without an
+    epsilon too.
 
     Args:
         predictions: Probabilities ``[batch, d1, ..., dN]``.
@@ -71,7 +74,7 @@ def log_loss(
         # XLA would add 1 and epsilon first, whose sum has one digit of epsilon left.
         info = jnp.finfo(p.dtype)
         complement = jax.lax.reduce_precision(1 - p, info.nexp, info.nmant)
-        return -y * jnp.log(p + epsilon) - (1 - y) * jnp.log(complement + epsilon)
+        return -_times_log(y, p + epsilon) - _times_log(1 - y, complement + epsilon)
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
@@ -114,7 +117,7 @@ def hinge_loss(
     inputs = as_floats(logits=logits, labels=labels)
 
     def formula(x: Array, y: Array) -> Array:
-        return jax.nn.relu(1 - (2 * y - 1) * x)
+        return jax.nn.relu(1 - _times_logit(2 * y - 1, x))
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
@@ -184,6 +187,9 @@ def softmax_cross_entropy(
 
     A logit of minus infinity where the label is 0 is a class ruled out, and costs nothing.
 
+    A row of labels that are all 0 (the one-hot of -100, or of a place to ignore) has no class, and
+    counts as a loss of 0. To make such places absent, weigh each by the sum of its labels.
+
     Args:
         logits: Real numbers ``[batch, d1, ..., dN, classes]``.
         labels: Probabilities of the same shape, whose sum over the classes is 1.
@@ -207,7 +213,8 @@ def softmax_cross_entropy(
     Example:
         >>> import jax.numpy as jnp
         >>> import jaxlosses as jl
-        >>> print(jl.softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([[0.0, 1.0]])).round(4))
+        >>> logits, labels = jnp.zeros((2, 2)), jnp.array([[0.0, 1.0], [0.0, 0.0]])
+        >>> print(jl.softmax_cross_entropy(logits, labels, weights=labels.sum(-1)).round(4))
         0.6931
     """
     inputs = as_floats(logits=logits, labels=labels)
@@ -216,11 +223,11 @@ def softmax_cross_entropy(
     check_number("z_loss", z_loss)
 
     def formula(x: Array, y: Array) -> Array:
-        y = y * (1 - label_smoothing) + label_smoothing / x.shape[-1]
+        y = y * (1 - label_smoothing) + label_smoothing / size_of(x.shape[-1:], x.dtype)
         max_logit = max_of(x, x.ndim - 1)
         log_sum_exp_shifted = _log_sum_exp_shifted(x, max_logit)
-        losses = _expected(y, log_sum_exp_shifted, x - max_logit[..., None])
-        return losses + z_loss * jnp.square(max_logit + log_sum_exp_shifted) if z_loss else losses
+        losses = _expected(y, log_sum_exp_shifted, x, max_logit)
+        return losses + z_losses(max_logit, log_sum_exp_shifted, z_loss) if z_loss else losses
 
     options = {"reduction": reduction, "axis_name": axis_name}
     return reduce_losses(formula, inputs, weights, num_inner_axes=1, **options)
@@ -285,9 +292,10 @@ def sparse_softmax_cross_entropy(
     def formula(x: Array, y: Array) -> Array:
         max_logit, label_logit = max_and_pick(x, is_label(y, x.shape))
         log_sum_exp_shifted = _log_sum_exp_shifted(x, max_logit)
-        statistics = [max_logit, log_sum_exp_shifted, label_logit - max_logit]
+        statistics = [max_logit, log_sum_exp_shifted, shifted(label_logit, max_logit)]
         if label_smoothing:
-            statistics.append(sum_of(x - max_logit[..., None], x.ndim - 1) / x.shape[-1])
+            total = sum_of(shifted(x, max_logit[..., None]), x.ndim - 1)
+            statistics.append(total / size_of(x.shape[-1:], x.dtype))
         losses = class_losses(*statistics, label_smoothing=label_smoothing, z_loss=z_loss)
         return nan_if_impossible(losses, y, x.shape[-1])
 
@@ -298,8 +306,12 @@ def sparse_softmax_cross_entropy(
 @jax.custom_jvp
 def _binary_cross_entropy(x: Array, y: Array) -> Array:
     # softplus(x) = softplus(-x) + x: the tail on the label's own side keeps its digits.
-    nearest = (y > 0.5).astype(x.dtype)
-    return jax.nn.softplus((1 - 2 * nearest) * x) + x * (nearest - y)
+    is_one = y > 0.5
+    wrong = jnp.where(is_one, -x, x)  # The logit of the class that is less probable.
+    probability = jnp.where(is_one, 1 - y, y)
+    # Infinity less infinity would be NaN, and so would infinity times 0.
+    product = probability * jnp.minimum(wrong, jnp.finfo(x.dtype).max)
+    return jax.nn.softplus(wrong) - jnp.where(probability == 0, 0, product)
 
 
 @_binary_cross_entropy.defjvp
@@ -308,7 +320,62 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
     sign = 1 - 2 * (y > 0.5).astype(x.dtype)
     # Not nearest - y, which XLA would then keep in memory from the value to the gradient.
     derivative = sign * jax.nn.sigmoid(sign * x) - (y - (1 - sign) / 2)
-    return _binary_cross_entropy(x, y), derivative * x_tangent - x * y_tangent
+    return _binary_cross_entropy(x, y), derivative * x_tangent - _finite(x) * y_tangent
+
+
+@jax.custom_jvp
+def _times_logit(y: Array, x: Array) -> Array:
+    """``y * x``, and 0 where ``y`` is 0 and ``x`` is infinite.
+
+    The derivative with respect to ``y`` is taken as 0 where ``x`` is infinite.
+    """
+    return jnp.where((y == 0) & jnp.isinf(x), 0, y * x)
+
+
+@_times_logit.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (y, x), (y_tangent, x_tangent) = primals, tangents
+    return _times_logit(y, x), y * x_tangent + _finite(x) * y_tangent
+
+
+@jax.custom_jvp
+def _times_log(y: Array, p: Array) -> Array:
+    """``y * log(p)``, and 0 where both are 0; there its derivatives are taken as 0 too."""
+    return jnp.where((y == 0) & (p == 0), 0, y * jnp.log(p))
+
+
+@_times_log.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (y, p), (y_tangent, p_tangent) = primals, tangents
+    both_zero = (y == 0) & (p == 0)
+    of_y = jnp.where(both_zero, 0, jnp.log(p))
+    of_p = jnp.where(both_zero, 0, y / p)
+    return _times_log(y, p), of_y * y_tangent + of_p * p_tangent
+
+
+def _finite(x: Array) -> Array:
+    """``x``, and 0 where it is infinite."""
+    return jnp.where(jnp.isinf(x), 0, x)
+
+
+@jax.custom_jvp
+def shifted(x: Array, max_logit: Array) -> Array:
+    """``x - max_logit``, and 0 where both are the same infinity; the maximum is a constant."""
+    return _replace_new_nan(x - max_logit, x, 0)
+
+
+@shifted.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return shifted(*primals), tangents[0]
+
+
+def _replace_new_nan(result: Array, x: Array, replacement: ArrayLike) -> Array:
+    """The result, and something else where it is NaN because infinity was taken from infinity.
+
+    A NaN of ``x`` stays. To compare ``x`` with the other infinity instead would cost a softmax its
+    one kernel on a GPU.
+    """
+    return jnp.where(jnp.isnan(result) & jnp.isinf(x), replacement, result)
 
 
 @jax.custom_jvp
@@ -319,50 +386,51 @@ def _log_sum_exp_shifted(x: Array, max_logit: Array) -> Array:
     would round the loss to that logit's last digit. The largest one has a derivative of zero; the
     derivative of the sum of both is right all the same.
     """
-    return jnp.log(sum_of(jnp.exp(x - max_logit[..., None]), x.ndim - 1))
+    return jnp.log(sum_of(jnp.exp(shifted(x, max_logit[..., None])), x.ndim - 1))
 
 
 @_log_sum_exp_shifted.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, max_logit), (x_tangent, _) = primals, tangents
     log_sum_exp_shifted = _log_sum_exp_shifted(x, max_logit)
-    # From the logits again: to keep the exponentials would take as much memory as the logits.
-    softmax = jnp.exp((x - max_logit[..., None]) - log_sum_exp_shifted[..., None])
+    # From the logits again: to keep what the value had would take as much memory as the logits.
+    log_sum_exp = log_sum_exp_shifted[..., None]
+    log_softmax = _replace_new_nan((x - max_logit[..., None]) - log_sum_exp, x, -log_sum_exp)
+    softmax = jnp.exp(log_softmax)
     return log_sum_exp_shifted, jnp.sum(softmax * x_tangent, axis=-1)
 
 
 @jax.custom_jvp
-def _expected(y: Array, log_sum_exp: Array, x: Array) -> Array:
-    """The mean of ``log_sum_exp - x`` over the classes, each as probable as its label says.
+def _expected(y: Array, log_sum_exp_shifted: Array, x: Array, max_logit: Array) -> Array:
+    """The mean of log-sum-exp less the logit over the classes, each as probable as its label says.
 
     A class that is ruled out by a logit of minus infinity costs nothing if its label is 0, and the
     derivative with respect to its label is 0.
     """
 
-    def in_one_pass(y: Array, log_sum_exp: Array, x: Array) -> Array:
-        return sum_of(_product_of_zero(y, log_sum_exp[..., None] - x), y.ndim - 1)
+    def in_one_pass(y: Array, log_sum_exp: Array, x: Array, max_logit: Array) -> Array:
+        # Not of shifted logits, which XLA would keep in memory from the pass before.
+        surprise = log_sum_exp - (x - max_logit)
+        return sum_of(_times_logit(y, _replace_new_nan(surprise, x, log_sum_exp)), y.ndim - 1)
 
-    def with_exponentials(y: Array, log_sum_exp: Array, x: Array) -> Array:
-        expected_logit = sum_of(_product_of_zero(y, x), y.ndim - 1)
-        return log_sum_exp * sum_of(y, y.ndim - 1) - expected_logit
+    def with_exponentials(y: Array, log_sum_exp: Array, x: Array, max_logit: Array) -> Array:
+        expected_logit = sum_of(_times_logit(y, shifted(x, max_logit)), y.ndim - 1)
+        return log_sum_exp[..., 0] * sum_of(y, y.ndim - 1) - expected_logit
 
     # A CPU has a pass for each sum. Elsewhere sums that do not wait for log_sum_exp share its pass.
     ways = {"cpu": in_one_pass, "default": with_exponentials}
-    return jax.lax.platform_dependent(y, log_sum_exp, x, **ways)
+    rows = log_sum_exp_shifted[..., None], x, max_logit[..., None]
+    return jax.lax.platform_dependent(y, *rows, **ways)
 
 
 @_expected.defjvp
 def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
-    (y, log_sum_exp, x), (y_tangent, log_sum_exp_tangent, x_tangent) = primals, tangents
-    surprise = jnp.where(jnp.isneginf(x), 0, log_sum_exp[..., None] - x)
+    y, log_sum_exp_shifted, x, max_logit = primals
+    y_tangent, log_sum_exp_tangent, x_tangent, _ = tangents
+    surprise = _finite(log_sum_exp_shifted[..., None] - shifted(x, max_logit[..., None]))
     tangent = jnp.sum(y_tangent * surprise - y * x_tangent, -1)
     # JAX would sum the labels by a reduction of its own, which on a CPU is not fused.
     return _expected(*primals), tangent + sum_of(y, y.ndim - 1) * log_sum_exp_tangent
-
-
-def _product_of_zero(y: Array, x: Array) -> Array:
-    """``y * x``, and 0 where ``y`` is 0 and ``x`` is infinite."""
-    return jnp.where((y == 0) & jnp.isinf(x), 0, y * x)
 
 
 def class_losses(
@@ -378,11 +446,21 @@ def class_losses(
 
     What is shifted is relative to the largest logit. The mean is needed where labels are smoothed.
     """
-    losses = log_sum_exp_shifted - label_logit_shifted
+    label_logit = label_logit_shifted
     if mean_logit_shifted is not None:
-        uniform = log_sum_exp_shifted - mean_logit_shifted
-        losses = (1 - label_smoothing) * losses + label_smoothing * uniform
-    return losses + z_loss * jnp.square(max_logit + log_sum_exp_shifted) if z_loss else losses
+        label_logit = label_smoothing * mean_logit_shifted
+        # Not at all if its factor is 0, because it may be infinite.
+        if label_smoothing != 1:
+            label_logit += (1 - label_smoothing) * label_logit_shifted
+    losses = log_sum_exp_shifted - label_logit
+    return losses + z_losses(max_logit, log_sum_exp_shifted, z_loss) if z_loss else losses
+
+
+def z_losses(max_logit: Array, log_sum_exp_shifted: Array, z_loss: float) -> Array:
+    """The square of log-sum-exp; where it is infinite, its derivative is taken as 0."""
+    log_sum_exp = max_logit + log_sum_exp_shifted
+    square = z_loss * jnp.square(_finite(log_sum_exp))
+    return jnp.where(jnp.isinf(log_sum_exp), jnp.inf, square)
 
 
 def _check_classes(logits: Array) -> None:

@@ -7,7 +7,6 @@ pass over memory.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import get_args
 
@@ -16,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxlosses._masking import LossFunction, masked_losses
 from jaxlosses._mean import WeightedMean, divide, psum
-from jaxlosses._reduce import sum_and_count, sum_of
+from jaxlosses._reduce import num_copies, sum_and_count, sum_of
 from jaxlosses._typing import AxisName, Reduction, Result, as_array, in_precision
 
 
@@ -79,8 +78,9 @@ def reduce_weighted(
         total = sum_of(losses)
         return total if axis_name is None else psum(total, axis_name)
     if reduction == "average":
-        copies = math.prod(losses.shape) // max(weights.size, 1)
-        total, count = sum_of(losses), sum_of(weights.astype(losses.dtype)) * float(copies)
+        total = sum_of(losses)
+        copies = num_copies(weights.shape, losses.shape, losses.dtype)
+        count = sum_of(weights.astype(losses.dtype)) * copies
     else:
         total, count = sum_and_count(losses, weights.astype(bool))
     if axis_name is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +53,21 @@ def max_and_pick(x: Array, mask: Array) -> tuple[Array, Array]:
     return maximum, picked
 
 
+def num_copies(shape: Sequence[Any], like: Sequence[Any], dtype: Any) -> Any:
+    """How often each place of a shape, whose axes may be 1, stands in another one, as a float."""
+    return size_of([n for n, m in zip(like, shape, strict=True) if n != m], dtype)
+
+
+def size_of(sizes: Iterable[Any], dtype: Any) -> Any:
+    """The product of sizes as a float, because an integer of 32 bits may be too small for it.
+
+    Sizes may be symbolic, as ``jax.export`` allows.
+    """
+    sizes = list(sizes)
+    known = np.asarray(math.prod(n for n in sizes if isinstance(n, int)), dtype)
+    return math.prod([jnp.asarray(n, dtype) for n in sizes if not isinstance(n, int)], start=known)
+
+
 def _reduce_one(x: Array, operation: str, num_kept_axes: int) -> Array:
     """A reduction that has one result, and no use for the mask."""
     mask = np.ones((1,) * x.ndim, bool)
@@ -65,19 +81,28 @@ def _reduce_separately(
     *,
     operation: str,
     num_kept_axes: int,
-    count_dtype: Any = None,
+    count: Callable[[Array, Any, Any], Array] = jnp.sum,
 ) -> list[Array]:
     """Each result by a reduction of its own: XLA fuses these, also over devices, except on CPUs."""
     axes = tuple(range(num_kept_axes, x.ndim))
-    is_sum = operation in _SUMS
-    # Under vmap this function is differentiated in place of the primitive.
-    results = [jnp.sum(x, axes) if is_sum else jnp.max(lax.stop_gradient(x), axes)]
+    results = [jnp.sum(x, axes) if operation in _SUMS else jnp.max(x, axes)]
     if operation == "sum and count":
-        copies = math.prod(x.shape) // max(mask.size, 1)
-        results.append(jnp.sum(mask, dtype=count_dtype or x.dtype).astype(x.dtype) * float(copies))
+        copies = num_copies(mask.shape[num_kept_axes:], x.shape[num_kept_axes:], x.dtype)
+        results.append(jnp.broadcast_to(count(mask, axes, x.dtype) * copies, results[0].shape))
     if operation == "max and pick":
         results.append(jnp.sum(jnp.where(mask, x, 0), axes))
     return results
+
+
+def _count_in_int64(mask: Array, axes: Any, dtype: Any) -> Array:
+    """The number of True, on a CPU, which adds it up one by one.
+
+    A float32 cannot grow past 2**24 in this way, and an int32 not past 2**31, which the devices of
+    a program may hold together.
+    """
+    with jax.enable_x64(True):
+        count = lax.reduce_sum(lax.convert_element_type(mask, jnp.int64), axes)
+        return lax.convert_element_type(count, dtype)
 
 
 def _reduce_shapes(x: Array, mask: Array, *, operation: str, num_kept_axes: int) -> list[Any]:
@@ -111,15 +136,21 @@ def _lower_on_cpu(ctx: Any, *arguments: Any, **params: Any) -> Any:
         local = getattr(devices, "num_devices", 1) == 1
     if local:
         ctx = ctx.replace(avals_in=[ShapedArray(a.shape, a.dtype) for a in ctx.avals_in])
-    # XLA on a CPU adds a count up one by one. A float32 cannot grow past 2**24 in this way.
-    separately = functools.partial(_reduce_separately, count_dtype=jnp.int32)
-    reduce = reduce_together if local and math.prod(ctx.avals_in[0].shape) else separately
+    shape = ctx.avals_in[0].shape
+    if local and all(isinstance(n, int) for n in shape) and math.prod(shape):
+        return mlir.lower_fun(reduce_together, multiple_results=True)(ctx, *arguments, **params)
+    reduce = functools.partial(_reduce_separately, count=_count_in_int64)
     return mlir.lower_fun(reduce, multiple_results=True)(ctx, *arguments, **params)
 
 
-def _reduce_batch(arguments: Any, axes: Any, **params: Any) -> Any:
-    batched = jax.vmap(functools.partial(_reduce_separately, **params), axes)(*arguments)
-    return batched, [0] * len(batched)
+def _reduce_batch(arguments: Any, axes: Any, *, operation: str, num_kept_axes: int) -> Any:
+    """Under ``vmap`` there is one more axis that is kept."""
+    x, mask = arguments
+    size = next(a.shape[i] for a, i in zip(arguments, axes, strict=True) if i is not None)
+    x = batching.bdim_at_front(x, axes[0], size)
+    mask = mask[None] if axes[1] is None else jnp.moveaxis(mask, axes[1], 0)
+    results = _reduce_p.bind(x, mask, operation=operation, num_kept_axes=num_kept_axes + 1)
+    return results, [0] * len(results)
 
 
 _reduce_p = define_primitive("reduce_and_count", _reduce_separately, _reduce_shapes)

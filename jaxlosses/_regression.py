@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxlosses._kernel import reduce_losses
-from jaxlosses._reduce import sum_of
+from jaxlosses._reduce import size_of, sum_of
 from jaxlosses._typing import (
     AxisName,
     Reals,
@@ -258,33 +258,49 @@ def cosine_distance(
 @jax.custom_jvp
 def _variance(p: Array, y: Array) -> Array:
     """Of each sample's differences. Centred: squares lose every digit where the mean is large."""
-    return sum_of(jnp.square(_centred(p, y)), 1) / _sample_size(p)
+    mean, correction = _means(p, y)
+    mean_square = sum_of(jnp.square((p - y) - _expand(mean, p)), 1) / _sample_size(p)
+    return jnp.maximum(mean_square - jnp.square(correction), 0)
 
 
 @_variance.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    p_tangent, y_tangent = tangents
+    (p, y), (p_tangent, y_tangent) = primals, tangents
+    mean, correction = _means(p, y)
+    centred = ((p - y) - _expand(mean, p)) - _expand(correction, p)
     # What the mean adds to the derivative sums to 0.
-    products = 2 * _centred(*primals) * (p_tangent - y_tangent)
+    products = 2 * centred * (p_tangent - y_tangent)
     tangent = jnp.sum(products, tuple(range(1, products.ndim)))
-    return _variance(*primals), tangent / _sample_size(products)
+    return _variance(p, y), tangent / _sample_size(p)
 
 
-def _centred(p: Array, y: Array) -> Array:
-    """The differences less their mean over the sample."""
+def _means(p: Array, y: Array) -> list[Array]:
+    """The mean of each sample's differences, and the mean of what is left without that mean.
 
-    def in_one_kernel(p: Array, y: Array) -> Array:
-        return sum_of(p - y, 1)
+    The first is rounded to its own last digit, which may be more than the differences vary. The
+    second is what it lacks.
+    """
+    size = _sample_size(p)
 
-    def in_two_passes(p: Array, y: Array) -> Array:
+    def in_one_kernel(p: Array, y: Array) -> list[Array]:
+        mean = sum_of(p - y, 1) / size
+        return [mean, sum_of((p - y) - _expand(mean, p), 1) / size]
+
+    def in_passes(p: Array, y: Array) -> list[Array]:
         # Not of p - y, which XLA would then keep in memory from one pass to the next.
-        return -sum_of(y - p, 1)
+        mean = -sum_of(y - p, 1) / size
+        return [mean, sum_of((p - y) - _expand(mean, p), 1) / size]
 
-    # A GPU's kernel keeps a sample from its first reading to its second.
-    ways = {"cuda": in_one_kernel, "default": in_two_passes}
-    mean = jax.lax.platform_dependent(p, y, **ways) / _sample_size(p)
-    return (p - y) - mean.reshape(-1, *(1,) * (p.ndim - 1))
+    # A GPU's kernel keeps a sample from its first reading to its last, and a TPU keeps p - y for
+    # the gradient.
+    ways = {"cuda": in_one_kernel, "tpu": in_one_kernel, "default": in_passes}
+    return jax.lax.platform_dependent(p, y, **ways)
 
 
-def _sample_size(samples: Array) -> int:
-    return max(math.prod(samples.shape[1:]), 1)
+def _expand(of_samples: Array, like: Array) -> Array:
+    """One number for each sample, with an axis of one for each axis of a sample."""
+    return of_samples.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def _sample_size(samples: Array) -> Any:
+    return jnp.maximum(size_of(samples.shape[1:], samples.dtype), 1)

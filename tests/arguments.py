@@ -144,6 +144,17 @@ def _draw(rng: np.random.Generator, domain: str, shape: tuple[int, ...]) -> Any:
     return jnp.asarray(values, jnp.float32)
 
 
+def certain(value: Any, domain: str) -> Any:
+    """The value, or of a label that is a probability or a distribution, the nearest certain one."""
+    match domain:
+        case "probability":
+            return jnp.round(value)
+        case "distribution":
+            return (value == jnp.max(value, -1, keepdims=True)).astype(value.dtype)
+        case _:
+            return value
+
+
 def extremes(domain: str) -> tuple[float, ...]:
     """Values at which a loss has to stay finite."""
     match domain:

@@ -1,14 +1,16 @@
 """What holds for every loss. Each property takes a case and raises AssertionError."""
 
 import functools
+import inspect
 import itertools
+from typing import Any
 
 import chex
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from arguments import IMPOSSIBLE, NOT_A_NUMBER, Case, extremes
+from arguments import IMPOSSIBLE, NOT_A_NUMBER, Case, certain, extremes
 from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
@@ -128,6 +130,54 @@ def finite_at_extremes_and_at_a_perfect_fit(case: Case) -> None:
     if rest and rest[0][1] == first:
         value = case.draw()[0]
         chex.assert_tree_all_finite(jax.grad(case.loss, (0, 1))(value, value))
+
+
+def infinite_logits_rule_classes_out(case: Case) -> None:
+    """As large ones do: what costs much there costs infinity, and gradients are the same."""
+    names = list(case.inputs)
+    given = inspect.signature(case.loss).parameters
+    for name in (n for n, spec in case.inputs.items() if spec.domain == "logit"):
+        position = names.index(name)
+        for sign, is_certain, smoothing in itertools.product((1, -1), (True, False), (0, 0.1, 1)):
+            options = {"label_smoothing": smoothing} if "label_smoothing" in given else {}
+            loss = functools.partial(case.loss, reduction="sum", **options)
+            gradient = jax.jit(jax.value_and_grad(loss, case.floats))
+            values = [
+                certain(v, spec.domain) if is_certain else v
+                for v, spec in zip(case.draw(), case.inputs.values(), strict=True)
+            ]
+            for place in np.ndindex(values[position].shape[1:]):
+                found, expected = (
+                    gradient(
+                        *(
+                            v.at[(0, *place)].set(sign * size) if i == position else v
+                            for i, v in enumerate(values)
+                        )
+                    )
+                    for size in (jnp.inf, 1e8)
+                )
+                close(found[0], jnp.where(expected[0] > 1e4, jnp.inf, expected[0]), rtol=1e-5)
+                close(found[1][position], expected[1][position], rtol=1e-5)
+                assert not any(jnp.isnan(g).any() for g in found[1])
+
+
+def offsets_cost_no_digits(case: Case) -> None:
+    """Where a small one changes nothing, a large one does not either."""
+    if case.is_lifted or case.computes:
+        return
+    # On this grid even what is added to 2**20 is exact.
+    values = case.draw(batch=(2, 3000))
+    values = [jnp.round(v * 4) / 8 if i in case.floats else v for i, v in enumerate(values)]
+    gradient = jax.jit(jax.value_and_grad(case.loss, case.floats))
+    expected = gradient(*values)
+    for i in case.floats:
+        small, large = (
+            [v + x if j == i else v for j, v in enumerate(values)] for x in (8.0, 2.0**20)
+        )
+        if np.allclose(gradient(*small)[0], expected[0], rtol=1e-4):
+            found = gradient(*large)
+            close(found[0], expected[0], rtol=1e-5)
+            close(found[1], expected[1], rtol=1e-3, atol=1e-6)
 
 
 def low_precision_accumulates_in_float32(case: Case) -> None:
@@ -381,6 +431,46 @@ def leaves_no_effect(case: Case) -> None:
     assert not jax.make_jaxpr(gradient)(*values, weights).effects
 
 
+def any_size_can_be_traced(case: Case) -> None:
+    """Also one that no int32 can count."""
+    gradient = jax.value_and_grad(
+        lambda *some, reduction: jax.tree.leaves(case.loss(*some, reduction=reduction))[0],
+        every_argument(case),
+    )
+    for batch in ((2**16, 2**16), (2, 2**33)):
+        inputs = [
+            abstract(v, case.shape(name, batch))
+            for v, name in zip(case.draw(), case.inputs, strict=True)
+        ]
+        losses = batch[: len(case.losses_shape)]
+        shapes = ((), (1,) * len(losses), (*batch[:1], *(1,) * (len(losses) - 1)), losses)
+        for reduction, shape in itertools.product(("mean", "average", "parts"), shapes):
+            weights = jax.ShapeDtypeStruct(shape, jnp.float32)
+            value, gradients = jax.eval_shape(
+                functools.partial(gradient, reduction=reduction), *inputs, weights
+            )
+            assert value.shape == ()
+            assert gradients[0].shape == inputs[0].shape
+
+
+def exports_with_symbolic_sizes(case: Case) -> None:
+    """A program for every size of a batch, which gives what a program for one size gives."""
+    sizes = jax.export.symbolic_shape("rows, columns")
+    inputs = [
+        abstract(v, case.shape(name, sizes))
+        for v, name in zip(case.draw(), case.inputs, strict=True)
+    ]
+    gradient = jax.jit(jax.value_and_grad(case.loss, every_argument(case)))
+    average = jax.jit(functools.partial(case.loss, reduction="average"))
+    full, rows = sizes[: len(case.losses_shape)], sizes[:1]
+    of_rows = case.weights().reshape(case.batch[0], -1)[:, 0]
+    for loss, shape, weights in ((gradient, full, case.weights()), (average, rows, of_rows)):
+        export = jax.export.export(loss, platforms=("cpu", "cuda", "tpu"))
+        exported = export(*inputs, abstract(weights, shape))
+        reloaded = jax.export.deserialize(exported.serialize())
+        close(reloaded.call(*case.draw(), weights), loss(*case.draw(), weights), rtol=1e-5)
+
+
 def exports_and_reloads(case: Case) -> None:
     values, weights = case.draw(), case.weights()
     gradient = jax.jit(jax.value_and_grad(case.loss, every_argument(case)))
@@ -400,6 +490,11 @@ def raises_no_false_alarm(case: Case) -> None:
         labelled = [v if i in case.floats else hidden[i] for i, v in enumerate(values)]
         gradient(*labelled, weights)[0].throw()
     gradient(*values, 0 * weights)[0].throw()
+
+
+def abstract(value: Any, shape: tuple[Any, ...]) -> Any:
+    """What a program is compiled for: a dtype and a shape."""
+    return jax.ShapeDtypeStruct(shape, value.dtype)
 
 
 def raises(loss, *arguments, **options) -> str:

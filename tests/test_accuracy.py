@@ -1,13 +1,18 @@
 """Losses compared with float64 where float32 could lose digits."""
 
+import contextlib
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxlosses as jl
 
 RNG = np.random.default_rng(0)
+INF = np.inf
 
 
 def logsumexp(x):
@@ -50,13 +55,34 @@ def test_the_derivative_is_zero_where_a_loss_has_a_kink():
     assert jax.grad(jl.hinge_loss)(1.0, 1.0) == 0
 
 
-def test_pairwise_error_with_a_large_offset_keeps_its_digits():
-    labels = RNG.normal(size=(8, 4096)).astype(np.float32)
-    predictions = (labels + 1e3 + RNG.normal(size=labels.shape)).astype(np.float32)
-    difference = predictions.astype(np.float64) - labels
-    expected = 2 * difference.var(axis=1)
-    losses = jl.mean_pairwise_squared_error(predictions, labels, reduction="none")
-    np.testing.assert_allclose(losses, expected, rtol=2e-6)
+@pytest.mark.parametrize("kind", [None, AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("spec", [("data",), ("data", "model"), (None, "model")], ids=str)
+def test_pairwise_error_with_a_large_offset_keeps_its_digits(spec, kind):
+    """The mean of a float32 sample near 1e6 has a last digit of 1/16."""
+    differences = (1e6 + RNG.normal(size=(4, 100_000))).astype(np.float32)
+    exact = differences.astype(np.float64)
+    expected = 2 * exact.var(axis=1).sum()
+    slopes = 4 / 100_000 * (exact - exact.mean(1, keepdims=True))
+    labels = np.zeros_like(differences)
+    kinds = (kind or AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=kinds)
+    with jax.set_mesh(mesh) if kind else contextlib.nullcontext():
+        placed = (differences, labels)
+        if kind:
+            sharding = NamedSharding(mesh, PartitionSpec(*spec))
+            placed = (jax.device_put(x, sharding) for x in placed)
+        value, gradient = jax.value_and_grad(jl.mean_pairwise_squared_error)(*placed)
+    np.testing.assert_allclose(value, expected, rtol=2e-6)
+    np.testing.assert_allclose(gradient, slopes, rtol=0, atol=1e-6 * np.abs(slopes).max())
+
+
+def test_pairwise_error_of_a_constant_difference_is_zero():
+    predictions = jnp.full((2, 100_000), 1e6 + 1 / 16)
+    losses, gradient = jax.value_and_grad(jl.mean_pairwise_squared_error)(
+        predictions, jnp.zeros_like(predictions)
+    )
+    assert losses == 0
+    assert not gradient.any()
 
 
 def test_log_loss_of_a_certain_prediction_is_that_of_epsilon():
@@ -64,6 +90,71 @@ def test_log_loss_of_a_certain_prediction_is_that_of_epsilon():
     # In float32, 0 + 1e-7 is exact, and 1 + 1e-7 is rounded to the next number after 1.
     near_zero, near_one = -np.log(1e-7), -np.log(np.float64(np.float32(1) + np.float32(1e-7)))
     np.testing.assert_allclose(losses, [near_one, near_zero, near_zero, near_one], rtol=1e-5)
+
+
+def test_log_loss_without_epsilon_is_zero_at_a_perfect_fit():
+    sides = jnp.array([0.0, 1.0])
+    value, gradients = jax.value_and_grad(jl.log_loss, (0, 1))(sides, sides, epsilon=0.0)
+    assert value == 0
+    np.testing.assert_allclose(gradients[0], [0.5, -0.5])
+    assert jnp.isfinite(gradients[1]).all()
+    assert jl.log_loss(sides, 1 - sides, epsilon=0.0) == jnp.inf
+
+
+def test_infinite_logits_and_soft_labels():
+    """The limits of the formulas, at every option."""
+    logits = jnp.array([-INF, -INF, -INF, INF, INF, INF])
+    labels = jnp.array([0, 0.9, 1, 0, 0.1, 1])
+    losses = jl.sigmoid_cross_entropy(logits, labels, reduction="none")
+    np.testing.assert_array_equal(losses, [0, INF, INF, INF, INF, 0])
+    smoothed = jl.sigmoid_cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+    np.testing.assert_array_equal(smoothed, [INF] * 6)
+    hinge = jl.hinge_loss(logits, jnp.array([0, 0.5, 1, 0, 0.5, 1]), reduction="none")
+    np.testing.assert_array_equal(hinge, [0, 1, INF, INF, 1, 0])
+    overflowed = jnp.array([1e6, -1e6]).astype(jnp.float16)
+    assert jl.sigmoid_cross_entropy(overflowed, jnp.array([1, 0])) == 0
+
+
+ROWS = np.array(
+    [[INF, 0, 0], [INF, INF, 0], [INF, -INF, 0], [-INF, 0, 1], [-INF, -INF, 2], [-INF] * 3]
+)
+
+
+def last_layer(logits, labels, **options):
+    """The loss of logits that are the bias alone."""
+    return jl.linear_softmax_cross_entropy(
+        jnp.zeros((1, 2)), jnp.zeros((2, 3)), labels, bias=logits[0], **options
+    )
+
+
+@pytest.mark.parametrize("z_loss", [0, 1e-3])
+@pytest.mark.parametrize("label_smoothing", [0, 0.1, 1])
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_infinite_logits_of_classes(row, label_smoothing, z_loss):
+    # Among infinite logits that are the largest, each is as probable as the other.
+    x = np.where(row == row.max(), 0, -INF) if np.isinf(row.max()) else row
+    softmax = np.exp(x) / np.exp(x).sum()
+    log_sum_exp = row.max() if np.isinf(row.max()) else np.log(np.exp(x).sum())
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    differentiated = [
+        functools.partial(
+            jax.jit(jax.value_and_grad(functools.partial(loss, **options))), row[None]
+        )
+        for loss in (jl.sparse_softmax_cross_entropy, last_layer, jl.softmax_cross_entropy)
+    ]
+    of_labels = jax.grad(jl.softmax_cross_entropy, 1)
+    for label, one_hot in enumerate(np.eye(3)):
+        y = one_hot * (1 - label_smoothing) + label_smoothing / 3
+        surprises = y[y > 0] * (np.log(np.exp(x).sum()) - x[y > 0])
+        expected = surprises.sum() + (z_loss * log_sum_exp**2 if z_loss else 0)
+        gradient = softmax - y
+        if np.isfinite(log_sum_exp):
+            gradient += 2 * z_loss * log_sum_exp * softmax
+        for loss, labels in zip(differentiated, ([label], [label], one_hot[None]), strict=True):
+            value, found = loss(jnp.asarray(labels))
+            np.testing.assert_allclose(value, expected, rtol=1e-6)
+            np.testing.assert_allclose(found[0], gradient, atol=1e-6)
+        assert not np.isnan(of_labels(row[None], one_hot[None], **options)).any()
 
 
 def test_a_ruled_out_class_costs_nothing():

@@ -1,10 +1,14 @@
 """The memory of compiled programs, and sums whose lengths are not a multiple of a block."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from arguments import cases
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxlosses as jl
 
@@ -103,3 +107,19 @@ def test_counts_past_the_integers_of_float32_are_exact():
     parts = jl.compute_weighted_loss(jnp.ones(keep.shape), keep, reduction="parts")
     assert parts.count == 2**24 + 2
     assert parts.total == 2**24 + 2
+    loss = functools.partial(jl.compute_weighted_loss, reduction="parts")
+    for axes in ((0, 0), (0, None)):
+        many = jax.vmap(loss, axes)(
+            jnp.ones((1, *keep.shape)), keep[None] if axes[1] == 0 else keep
+        )
+        assert many.count == 2**24 + 2
+
+
+def test_counts_of_several_devices_have_64_bits():
+    """Together they may hold more than 2**31 numbers, too many to try it here."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    losses, weights = (jax.ShapeDtypeStruct((64, 8), t, sharding=rows) for t in (jnp.float32, bool))
+    program = jax.jit(jl.compute_weighted_loss).lower(losses, weights).compile().as_text()
+    assert re.search(r"= s64\[\]\S* all-reduce", program)
+    assert not re.search(r"= s32\[\]\S* all-reduce", program)
