@@ -177,7 +177,10 @@ def per_token(function: Callable[..., list[Array]], hidden: Array, *arrays: Arra
     sharded; here XLA decides it, as on an Auto mesh.
     """
     arrays, sharding = vary_alike(hidden, *arrays), jax.typeof(hidden).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        spec = PartitionSpec(*sharding.spec[:-1])
-        return jax.sharding.auto_axes(out_sharding=spec)(function)(*arrays)
-    return function(*arrays)
+    kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    # Not the other axes of the mesh: those that are manual in shard_map stay so.
+    explicit = tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+    if not explicit:
+        return function(*arrays)
+    spec = PartitionSpec(*sharding.spec[:-1])
+    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=spec)(*arrays)

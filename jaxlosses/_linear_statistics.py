@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching
 
 from jaxlosses._blocks import BlockPlan, BlockSlice, Side, matmul
-from jaxlosses._primitive import define_primitive
+from jaxlosses._primitive import define_primitive, with_axis_in_front
 from jaxlosses._reduce import max_and_pick, sum_of
 from jaxlosses._typing import is_float, precision
 
@@ -268,8 +268,8 @@ def _linear_jvp_batch(
     if batches or any(axis is not None and not tokens for _, axis, tokens in triples):
         batches = (tuple(axes), *batches)
     else:
-        size = next(a.shape[axis] for a, axis, _ in triples if axis is not None)
-        arrays = [batching.bdim_at_front(a, axis, size) if t else a for a, axis, t in triples]
+        tokens = iter(with_axis_in_front(*zip(*[(a, x) for a, x, t in triples if t], strict=True)))
+        arrays = [next(tokens) if t else a for a, _, t in triples]
         layer = dataclasses.replace(layer, plan=layer.plan.with_batch_axis())
     results = _linear_jvp_p.bind(*arrays, layer=layer, wrt=wrt, batches=batches)
     return results, (0,) * len(results)
