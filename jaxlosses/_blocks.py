@@ -114,10 +114,12 @@ class BlockSlice:
 def plan_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> BlockPlan:
     """Blocks of the size that was asked for, or of ``_BLOCK_BYTES`` of logits on each device.
 
-    The classes are cut, or the tokens where that was asked for or the classes are sharded.
+    The classes are cut, or the tokens where that was asked for or the classes are sharded. If the
+    number of tokens is symbolic (in ``jax.export``), always the classes, whose number is fixed.
 
     Raises:
-        ValueError: if ``block_size`` is not a positive integer, ``(tokens, None)`` or None.
+        ValueError: if ``block_size`` is not a positive integer, ``(tokens, None)`` or None, or if
+            the number of classes is symbolic.
     """
     rows = columns = None
     if isinstance(block_size, tuple) and len(block_size) == 2 and block_size[1] is None:
@@ -127,7 +129,14 @@ def plan_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> BlockPla
     sizes, classes = hidden.shape[:-1] or (1,), kernel.shape[1]
     shards = [_num_shards(hidden, i) for i in range(hidden.ndim - 1)] or [1]
     tokens, class_shards = math.prod(sizes), _num_shards(kernel, 1)
-    if block_size is None:
+    if not is_integer(classes):
+        raise ValueError(
+            f"kernel must have a fixed number of classes, only the number of tokens may be "
+            f"symbolic; got shape {kernel.shape}"
+        )
+    if not is_integer(tokens):
+        rows, columns = None, columns or _FEWEST_CLASSES
+    elif block_size is None:
         bytes_of_all = _BLOCK_BYTES * math.prod(shards) * class_shards
         logits = bytes_of_all // jnp.dtype(precision(hidden, kernel)).itemsize
         if class_shards > 1:

@@ -22,6 +22,7 @@ from jaxlosses._typing import (
     as_array,
     check_integer,
     in_precision,
+    keep_wide,
     precision,
 )
 
@@ -108,6 +109,7 @@ class _Weighted:
 
     def __call__(
         self,
+        /,
         *inputs: Any,
         weights: Weights = _ONES,
         reduction: Reduction = "mean",
@@ -126,10 +128,10 @@ class _Weighted:
                 f"all else by name; got {len(inputs)} by position and {sorted(options)} by name"
             )
         # Weights that are known when the program is traced cost nothing if none of them is zero.
-        given, weights = weights, as_array("weights", weights)
+        given, weights = weights, as_array("weights", keep_wide("weights", weights))
         none_absent = not isinstance(given, Array) and bool(np.all(given))
         names, arrays, structure = _flatten(examples)
-        dtype = precision(*arrays, weights)
+        dtype = precision(*arrays, weights=weights)
 
         def losses_of(*arrays: Array) -> Array:
             losses = self.loss_fn(*jax.tree.unflatten(structure, arrays), **options)
