@@ -60,7 +60,7 @@ def _narrow(labels: Any, options: dict[str, Any]) -> Any:
     ignored = options.get("ignore_index")
     if is_integer(ignored):
         fitting = np.where((fitting == ignored) & (fitting != labels), limits.max - 1, fitting)
-    return fitting.astype(narrow)
+    return np.asarray(fitting, narrow)
 
 
 def class_ids(

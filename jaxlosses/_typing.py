@@ -83,13 +83,7 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
             return keep_wide(name, value)
         if name not in options:
             return value
-        if isinstance(value, Array) or not isinstance(value, Hashable):
-            raise ValueError(
-                f"{name} must be a Python value, fixed when the program is compiled, "
-                f"got {value!r} of type {type(value).__name__}"
-            )
-        # A number of NumPy would impose its dtype on what it is multiplied with.
-        return value.item() if isinstance(value, np.generic) else value
+        return as_option(name, value)
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -114,6 +108,17 @@ def _array_spec(hint: Any) -> ArraySpec | None:
         if get_origin(part) is Annotated:
             return part.__metadata__[0]
     return None
+
+
+def as_option(name: str, value: Any) -> Any:
+    """``value`` as a Python value; ``ValueError`` naming the argument if it cannot be fixed."""
+    if isinstance(value, Array) or not isinstance(value, Hashable):
+        raise ValueError(
+            f"{name} must be a Python value, fixed when the program is compiled, "
+            f"got {value!r} of type {type(value).__name__}"
+        )
+    # A number of NumPy would impose its dtype on what it is multiplied with.
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _bind(

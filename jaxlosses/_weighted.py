@@ -20,6 +20,7 @@ from jaxlosses._typing import (
     Result,
     Weights,
     as_array,
+    as_option,
     check_integer,
     in_precision,
     keep_wide,
@@ -127,6 +128,7 @@ class _Weighted:
                 f"{self} takes {self.num_inputs} inputs by position (num_inputs), then weights; "
                 f"all else by name; got {len(inputs)} by position and {sorted(options)} by name"
             )
+        reduction, axis_name = as_option("reduction", reduction), as_option("axis_name", axis_name)
         # Weights that are known when the program is traced cost nothing if none of them is zero.
         given, weights = weights, as_array("weights", keep_wide("weights", weights))
         none_absent = not isinstance(given, Array) and bool(np.all(given))
