@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxlosses._primitive import vary_alike
 from jaxlosses._typing import is_integer, precision
 
 T = TypeVar("T")
@@ -179,17 +178,25 @@ def matmul(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int]) -> 
     return lax.dot_general(x.astype(common), y.astype(common), axes, preferred_element_type=wide)
 
 
-def per_token(function: Callable[..., list[Array]], hidden: Array, *arrays: Array) -> list[Array]:
-    """``function(hidden, *arrays)``, which returns arrays of one number for each token.
+def auto_sharded(
+    function: Callable[..., list[Array]], arrays: Sequence[Array], specs: Sequence[PartitionSpec]
+) -> list[Array]:
+    """``function(*arrays)``, whose results are sharded as the specs say, on any mesh.
 
-    It works on any mesh. On an Explicit mesh JAX would ask how the result of every product is
-    sharded; here XLA decides it, as on an Auto mesh.
+    On an Explicit mesh JAX would ask how the result of every product is sharded; here XLA decides
+    it, as on an Auto mesh. It encloses no more than loops over blocks, for JAX cannot differentiate
+    a ``shard_map`` in which something is kept for the derivative from inside of ``auto_axes``.
     """
-    arrays, sharding = vary_alike(hidden, *arrays), jax.typeof(hidden).sharding
-    kinds = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    mesh = jax.typeof(arrays[0]).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     # Not the other axes of the mesh: those that are manual in shard_map stay so.
     explicit = tuple(name for name, kind in kinds if kind is AxisType.Explicit)
     if not explicit:
         return function(*arrays)
-    spec = PartitionSpec(*sharding.spec[:-1])
-    return jax.sharding.auto_axes(function, axes=explicit, out_sharding=spec)(*arrays)
+    automatic: Any = jax.sharding.auto_axes(axes=explicit, out_sharding=list(specs))
+    return automatic(function)(*arrays)
+
+
+def spec_of(x: Array, num_axes: int | None = None) -> PartitionSpec:
+    """How the first axes of an array, or all of them, are sharded."""
+    return PartitionSpec(*jax.typeof(x).sharding.spec[:num_axes])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlosses._blocks import BlockSize, per_token, plan_blocks
+from jaxlosses._blocks import BlockSize, plan_blocks
 from jaxlosses._classification import class_losses
 from jaxlosses._kernel import reduce_losses
 from jaxlosses._labels import class_ids, nan_if_impossible, with_wide_labels
 from jaxlosses._linear_statistics import Layer, logit_statistics
+from jaxlosses._primitive import vary_alike
 from jaxlosses._typing import (
     AxisName,
     Bias,
@@ -126,9 +125,7 @@ def linear_softmax_cross_entropy(
     plan = plan_blocks(hidden, kernel, block_size)
     layer = Layer(plan, classes, logit_soft_cap, bool(label_smoothing))
     present = jnp.broadcast_to(weights.astype(bool), labels.shape)
-    statistics = per_token(
-        functools.partial(logit_statistics, layer), hidden, kernel, bias, labels, present
-    )
+    statistics = logit_statistics(layer, *vary_alike(hidden, kernel, bias, labels, present))
 
     def formula(*inputs: Array) -> Array:
         *statistics, y = inputs

@@ -131,7 +131,7 @@ def lifted_losses(function: LossFunction, weights: Array, *inputs: Array) -> Arr
     present = weights.astype(bool)
     raw, is_differentiable = _losses_and_check(function, inputs)
     usable = present | is_differentiable
-    replaced = [_where(usable, x, _placeholder(i, x)) for i, x in enumerate(inputs)]
+    replaced = [where(usable, x, _placeholder(i, x)) for i, x in enumerate(inputs)]
     losses = _select(usable, function(*replaced))
     scale = weights.astype(losses.dtype)
     # The derivative with respect to a weight is the loss, also where the inputs are replaced.
@@ -193,10 +193,10 @@ def _is_absent(weights: Array) -> Array:
 
 def _select(mask: Array, x: Array) -> Array:
     """``x``, and 0 where the mask is not set."""
-    return _where(mask, x, lax.full_like(x, 0))
+    return where(mask, x, lax.full_like(x, 0))
 
 
-def _where(mask: Array, x: Array, y: Array) -> Array:
+def where(mask: Array, x: Array, y: Array) -> Array:
     """``x`` where the mask, of its leading axes, is set, and ``y`` elsewhere."""
     mask, x = _alike(mask, x)
     return lax.select(mask, x, _broadcast(y, x))

@@ -61,7 +61,7 @@ def with_axis_in_front(arrays: Sequence[Array], axes: Sequence[int | None]) -> l
     On an Explicit mesh JAX asks that this axis is sharded alike in all arrays.
     """
     pairs = list(zip(arrays, axes, strict=True))
-    array, mapped = next(pair for pair in pairs if pair[1] is not None)
+    array, mapped = next((array, axis) for array, axis in pairs if axis is not None)
     size, mesh_axis = array.shape[mapped], jax.typeof(array).sharding.spec[mapped]
     return [batching.bdim_at_front(*pair, size, mesh_axis) for pair in pairs]
 

@@ -432,27 +432,25 @@ def some_axes_of_a_mesh_may_be_manual(case: Case) -> None:
         return
     values, weights = case.draw(batch=(8, 4)), jnp.arange(8.0).at[2:6].set(0)
     expected = jax.value_and_grad(case.loss, every_argument(case))(*values, weights)
-    rows, loss = PartitionSpec("data"), functools.partial(case.loss, axis_name="data")
-    specs = (*case.of_each(lambda _: rows, [PartitionSpec()] * len(values)), rows)
-    whole = (PartitionSpec(), tuple(specs[i] for i in every_argument(case)))
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    specs = (*case.of_each(lambda _: rows, [whole] * len(values)), rows)
+    loss = functools.partial(case.loss, axis_name="data")
+    inside = jax.value_and_grad(loss, every_argument(case))
+    gradient_specs = tuple(specs[i] for i in every_argument(case))
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-        for spec in (("data", "model"), ("data", None, "model")):
-            mapped = jax.shard_map(
-                jax.value_and_grad(loss, every_argument(case)),
-                axis_names={"data"},
-                in_specs=specs,
-                out_specs=whole,
-                mesh=mesh,
-            )
+        mapped = functools.partial(jax.shard_map, axis_names={"data"}, mesh=mesh, in_specs=specs)
+        outside = jax.value_and_grad(mapped(loss, out_specs=whole), every_argument(case))
+        for of_rows in (("data", "model"), ("data", None, "model")):
+
+            def place(v, spec, of_rows=of_rows, mesh=mesh):
+                spec = PartitionSpec(*of_rows[: v.ndim]) if spec == rows else spec
+                return jax.device_put(v, NamedSharding(mesh, spec))
+
             with jax.set_mesh(mesh):
-                placed = [
-                    jax.device_put(v, NamedSharding(mesh, PartitionSpec(*spec[: v.ndim])))
-                    if len(s)
-                    else jax.device_put(v, NamedSharding(mesh, s))
-                    for v, s in zip((*values, weights), specs, strict=True)
-                ]
-                close(jax.jit(mapped)(*placed), expected, rtol=1e-5)
+                placed = list(map(place, (*values, weights), specs))
+                for gradient in (mapped(inside, out_specs=(whole, gradient_specs)), outside):
+                    close(jax.jit(gradient)(*placed), expected, rtol=1e-5)
 
 
 def float64_stays_float64(case: Case) -> None:
