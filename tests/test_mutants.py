@@ -325,10 +325,10 @@ MUTANTS = {
         "mean_squared_error",
         "wrong_calls_name_the_function",
     ),
-    "take a list for an array": (
+    "take what is no real number": (
         TYPING,
-        "_ARRAYS = (Array,",
-        "_ARRAYS = (list, Array,",
+        'raise ValueError(f"{name} must be real, got dtype {dtype}")',
+        "pass",
         "mean_squared_error",
         "wrong_arguments_are_named",
     ),
