@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
-from jaxlosses._primitive import vary_alike
 from jaxlosses._typing import is_integer, precision
 
 T = TypeVar("T")
@@ -114,10 +113,12 @@ class BlockSlice:
 def plan_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> BlockPlan:
     """Blocks of the size that was asked for, or of ``_BLOCK_BYTES`` of logits on each device.
 
-    The classes are cut, or the tokens where that was asked for or the classes are sharded.
+    The classes are cut, or the tokens where that was asked for or the classes are sharded. If the
+    number of tokens is symbolic (in ``jax.export``), always the classes, whose number is fixed.
 
     Raises:
-        ValueError: if ``block_size`` is not a positive integer, ``(tokens, None)`` or None.
+        ValueError: if ``block_size`` is not a positive integer, ``(tokens, None)`` or None, or if
+            the number of classes is symbolic.
     """
     rows = columns = None
     if isinstance(block_size, tuple) and len(block_size) == 2 and block_size[1] is None:
@@ -127,7 +128,14 @@ def plan_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> BlockPla
     sizes, classes = hidden.shape[:-1] or (1,), kernel.shape[1]
     shards = [_num_shards(hidden, i) for i in range(hidden.ndim - 1)] or [1]
     tokens, class_shards = math.prod(sizes), _num_shards(kernel, 1)
-    if block_size is None:
+    if not is_integer(classes):
+        raise ValueError(
+            f"kernel must have a fixed number of classes, only the number of tokens may be "
+            f"symbolic; got shape {kernel.shape}"
+        )
+    if not is_integer(tokens):
+        rows, columns = None, columns or _FEWEST_CLASSES
+    elif block_size is None:
         bytes_of_all = _BLOCK_BYTES * math.prod(shards) * class_shards
         logits = bytes_of_all // jnp.dtype(precision(hidden, kernel)).itemsize
         if class_shards > 1:
@@ -170,14 +178,25 @@ def matmul(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int]) -> 
     return lax.dot_general(x.astype(common), y.astype(common), axes, preferred_element_type=wide)
 
 
-def per_token(function: Callable[..., list[Array]], hidden: Array, *arrays: Array) -> list[Array]:
-    """``function(hidden, *arrays)``, which returns arrays of one number for each token.
+def auto_sharded(
+    function: Callable[..., list[Array]], arrays: Sequence[Array], specs: Sequence[PartitionSpec]
+) -> list[Array]:
+    """``function(*arrays)``, whose results are sharded as the specs say, on any mesh.
 
-    It works on any mesh. On an Explicit mesh JAX would ask how the result of every product is
-    sharded; here XLA decides it, as on an Auto mesh.
+    On an Explicit mesh JAX would ask how the result of every product is sharded; here XLA decides
+    it, as on an Auto mesh. It encloses no more than loops over blocks, for JAX cannot differentiate
+    a ``shard_map`` in which something is kept for the derivative from inside of ``auto_axes``.
     """
-    arrays, sharding = vary_alike(hidden, *arrays), jax.typeof(hidden).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:
-        spec = PartitionSpec(*sharding.spec[:-1])
-        return jax.sharding.auto_axes(out_sharding=spec)(function)(*arrays)
-    return function(*arrays)
+    mesh = jax.typeof(arrays[0]).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    # Not the other axes of the mesh: those that are manual in shard_map stay so.
+    explicit = tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+    if not explicit:
+        return function(*arrays)
+    automatic: Any = jax.sharding.auto_axes(axes=explicit, out_sharding=list(specs))
+    return automatic(function)(*arrays)
+
+
+def spec_of(x: Array, num_axes: int | None = None) -> PartitionSpec:
+    """How the first axes of an array, or all of them, are sharded."""
+    return PartitionSpec(*jax.typeof(x).sharding.spec[:num_axes])

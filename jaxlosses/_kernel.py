@@ -70,7 +70,7 @@ def reduce_weighted(
     losses: Array, weights: Array, *, reduction: Reduction, axis_name: AxisName
 ) -> Result:
     """Reduce losses that are already multiplied by aligned weights, and 0 where a weight is 0."""
-    if reduction not in get_args(Reduction):
+    if not isinstance(reduction, str) or reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     if reduction == "none":
         return losses

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxlosses._kernel import align
 from jaxlosses._primitive import define_primitive
-from jaxlosses._typing import as_array, check_integer
+from jaxlosses._typing import as_array, check_integer, is_integer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,17 +46,21 @@ def with_wide_labels(loss: Callable[P, R]) -> Callable[P, R]:
 
 
 def _narrow(labels: Any, options: dict[str, Any]) -> Any:
-    """NumPy labels in the dtype that JAX will give them; an impossible one stays impossible."""
-    if not isinstance(labels, np.ndarray | np.integer):
-        return labels
-    narrow = jax.dtypes.canonicalize_dtype(labels.dtype)
-    if narrow == labels.dtype or not np.issubdtype(narrow, np.integer):
+    """NumPy and Python labels in the dtype that JAX gives them; an impossible one stays so."""
+    if type(labels) is int:
+        narrow = jax.dtypes.canonicalize_dtype(int)
+    elif isinstance(labels, np.ndarray | np.integer):
+        narrow = jax.dtypes.canonicalize_dtype(labels.dtype)
+        if narrow == labels.dtype or not np.issubdtype(narrow, np.integer):
+            return labels
+    else:
         return labels
     limits = np.iinfo(narrow)
     fitting = np.clip(labels, limits.min, limits.max)
-    ignored = fitting == options.get("ignore_index")
-    fitting = np.where(ignored & (fitting != labels), limits.max - 1, fitting)
-    return fitting.astype(narrow)
+    ignored = options.get("ignore_index")
+    if is_integer(ignored):
+        fitting = np.where((fitting == ignored) & (fitting != labels), limits.max - 1, fitting)
+    return np.asarray(fitting, narrow)
 
 
 def class_ids(

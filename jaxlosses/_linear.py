@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-
 import jax.numpy as jnp
 from jax import Array
 
-from jaxlosses._blocks import BlockSize, per_token, plan_blocks
+from jaxlosses._blocks import BlockSize, plan_blocks
 from jaxlosses._classification import class_losses
 from jaxlosses._kernel import reduce_losses
 from jaxlosses._labels import class_ids, nan_if_impossible, with_wide_labels
 from jaxlosses._linear_statistics import Layer, logit_statistics
+from jaxlosses._primitive import vary_alike
 from jaxlosses._typing import (
     AxisName,
     Bias,
@@ -21,9 +20,11 @@ from jaxlosses._typing import (
     Reduction,
     Result,
     Weights,
-    as_floats,
+    as_array,
     check_number,
+    in_floats,
     jit,
+    precision,
 )
 
 
@@ -57,7 +58,8 @@ def linear_softmax_cross_entropy(
     A block is some of the classes or, where these are sharded, some of the tokens (then the float32
     gradient in memory is that of ``kernel``). How an array is sharded is known on an Explicit mesh,
     but not on an Auto mesh: if the classes are sharded there, pass ``block_size=(256, None)``, or
-    every device gathers the whole kernel.
+    every device gathers the whole kernel. If the number of tokens is symbolic (in ``jax.export``),
+    a block is some of the classes, whose number must be fixed.
 
     Args:
         hidden: Real numbers ``[batch, d1, ..., dN, features]``.
@@ -96,7 +98,7 @@ def linear_softmax_cross_entropy(
         >>> print(loss.round(4))
         0.6931
     """
-    (hidden,), (kernel,) = as_floats(hidden=hidden), as_floats(kernel=kernel)
+    hidden, kernel = as_array("hidden", hidden), as_array("kernel", kernel)
     if kernel.ndim != 2 or hidden.shape[-1:] != kernel.shape[:1] or kernel.shape[1] == 0:
         raise ValueError(
             f"kernel must be [features, classes], with as many features as the last axis of hidden "
@@ -104,7 +106,8 @@ def linear_softmax_cross_entropy(
             f"{hidden.shape}"
         )
     classes = kernel.shape[1]
-    (bias,) = as_floats(bias=jnp.zeros(classes, kernel.dtype) if bias is None else bias)
+    bias = as_array("bias", jnp.zeros(classes, kernel.dtype) if bias is None else bias)
+    hidden, kernel, bias = in_floats(hidden, kernel, bias)
     if bias.shape != (classes,):
         raise ValueError(f"bias must have shape ({classes},), got {bias.shape}")
     check_number("label_smoothing", label_smoothing, 1)
@@ -116,12 +119,13 @@ def linear_softmax_cross_entropy(
             raise ValueError(f"logit_soft_cap must be at least 1e-30, got {logit_soft_cap!r}")
     shape = (*hidden.shape[:-1], classes)
     labels, weights = class_ids(labels, weights, shape, ignore_index)
+    if precision(hidden, kernel, bias, weights=weights) == jnp.float64:
+        # All of it is cast, because one of them may be all that asks for it.
+        hidden, kernel, bias = (x.astype(jnp.float64) for x in (hidden, kernel, bias))
     plan = plan_blocks(hidden, kernel, block_size)
     layer = Layer(plan, classes, logit_soft_cap, bool(label_smoothing))
     present = jnp.broadcast_to(weights.astype(bool), labels.shape)
-    statistics = per_token(
-        functools.partial(logit_statistics, layer), hidden, kernel, bias, labels, present
-    )
+    statistics = logit_statistics(layer, *vary_alike(hidden, kernel, bias, labels, present))
 
     def formula(*inputs: Array) -> Array:
         *statistics, y = inputs

@@ -24,8 +24,9 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching
 
-from jaxlosses._blocks import BlockPlan, BlockSlice, Side, matmul
-from jaxlosses._primitive import define_primitive
+from jaxlosses._blocks import BlockPlan, BlockSlice, Side, auto_sharded, matmul, spec_of
+from jaxlosses._masking import where
+from jaxlosses._primitive import define_primitive, with_axis_in_front
 from jaxlosses._reduce import max_and_pick, sum_of
 from jaxlosses._typing import is_float, precision
 
@@ -98,30 +99,45 @@ def logit_statistics(
     smoothed, the mean logit. Which tokens are ``present`` matters to the derivative only.
     """
 
-    def step(block: BlockSlice, carry: list[Array]) -> list[Array]:
-        max_before, sum_exp, label_logit, *mean = (block.take("tokens", c) for c in carry)
-        x = layer.capped(layer.logits(block, hidden, kernel, bias))
-        block_max, picked = max_and_pick(x, layer.is_label(block, x, labels))
-        max_logit = jnp.maximum(max_before, block_max)
-        # Where all logits so far are minus infinity, to subtract their maximum would give NaN.
-        shift_before, shift = (jnp.where(jnp.isneginf(m), 0, m) for m in (max_before, max_logit))
-        shifted = x - shift[..., None]
-        sum_exp = sum_exp * jnp.exp(max_before - shift) + sum_of(jnp.exp(shifted), x.ndim - 1)
-        if mean:
-            # The mean so far is relative to the maximum of the blocks before.
-            num_before = jnp.asarray(block.indices("classes", 1)[0], x.dtype)
-            correction = (shift_before - shift) * (num_before / layer.classes)
-            mean = [mean[0] + correction + sum_of(shifted, x.ndim - 1) / layer.classes]
-        parts = [max_logit, sum_exp, label_logit + picked, *mean]
-        return [block.put("tokens", c, p) for c, p in zip(carry, parts, strict=True)]
+    def loop(hidden: Array, kernel: Array, bias: Array, labels: Array) -> list[Array]:
+        zeros = jnp.sum(jnp.zeros_like(hidden, precision(hidden, kernel, bias)), -1)
+        carry = [zeros - jnp.inf, *[zeros] * (3 if layer.label_smoothing else 2)]
+        step = functools.partial(_join, layer, hidden, kernel, bias, labels)
+        max_logit, sum_exp, label_logit, *mean = layer.plan.loop(step, carry)
+        return [max_logit, jnp.log(sum_exp), label_logit - max_logit, *mean]
 
-    zeros = jnp.sum(jnp.zeros_like(hidden, precision(hidden, kernel, bias)), -1)
-    carry = [zeros - jnp.inf, *[zeros] * (3 if layer.label_smoothing else 2)]
-    max_logit, sum_exp, label_logit, *mean = layer.plan.loop(step, carry)
-    statistics = [max_logit, jnp.log(sum_exp), label_logit - max_logit, *mean]
+    specs = [spec_of(hidden, -1)] * (4 if layer.label_smoothing else 3)
+    statistics = auto_sharded(loop, [hidden, kernel, bias, labels], specs)
     # JAX's vmap asks that values are mapped over every axis over which their derivatives are. The
     # derivatives use the mask, so the values are made to depend on it too.
-    return [jnp.where(present, s, s) for s in statistics]
+    return [where(present, s, s) for s in statistics]
+
+
+def _join(
+    layer: Layer,
+    hidden: Array,
+    kernel: Array,
+    bias: Array,
+    labels: Array,
+    block: BlockSlice,
+    carry: list[Array],
+) -> list[Array]:
+    """The statistics of the blocks so far, joined with those of one more block."""
+    max_before, sum_exp, label_logit, *mean = (block.take("tokens", c) for c in carry)
+    x = layer.capped(layer.logits(block, hidden, kernel, bias))
+    block_max, picked = max_and_pick(x, layer.is_label(block, x, labels))
+    max_logit = jnp.maximum(max_before, block_max)
+    # Where all logits so far are minus infinity, to subtract their maximum would give NaN.
+    shift_before, shift = (jnp.where(jnp.isneginf(m), 0, m) for m in (max_before, max_logit))
+    shifted = x - shift[..., None]
+    sum_exp = sum_exp * jnp.exp(max_before - shift) + sum_of(jnp.exp(shifted), x.ndim - 1)
+    if mean:
+        # The mean so far is relative to the maximum of the blocks before.
+        num_before = jnp.asarray(block.indices("classes", 1)[0], x.dtype)
+        correction = (shift_before - shift) * (num_before / layer.classes)
+        mean = [mean[0] + correction + sum_of(shifted, x.ndim - 1) / layer.classes]
+    parts = [max_logit, sum_exp, label_logit + picked, *mean]
+    return [block.put("tokens", c, p) for c, p in zip(carry, parts, strict=True)]
 
 
 def _statistics_jvp(layer: Layer, primals: Any, tangents: Any) -> tuple[Any, Any]:
@@ -140,7 +156,7 @@ def _statistics_jvp(layer: Layer, primals: Any, tangents: Any) -> tuple[Any, Any
     usable = present | (finite & jnp.isfinite(log_sum_exp_shifted))
 
     def mask(x: Array) -> Array:
-        return jnp.where(usable[..., None], x, jnp.zeros_like(x))
+        return where(usable, x, jnp.zeros_like(x))
 
     if "hidden" in input_tangents:
         input_tangents["hidden"] = mask(input_tangents["hidden"])
@@ -149,8 +165,8 @@ def _statistics_jvp(layer: Layer, primals: Any, tangents: Any) -> tuple[Any, Any
         kernel,
         bias,
         labels,
-        jnp.where(usable, max_logit, 0),
-        jnp.where(usable, log_sum_exp_shifted, jnp.inf),
+        where(usable, max_logit, jnp.zeros_like(max_logit)),
+        where(usable, log_sum_exp_shifted, jnp.full_like(max_logit, jnp.inf)),
     )
     results = _linear_jvp_p.bind(
         *residuals, *input_tangents.values(), layer=layer, wrt=tuple(input_tangents), batches=()
@@ -175,6 +191,13 @@ def linear_jvp(*arrays: Array, layer: Layer, wrt: tuple[str, ...], batches: Any)
         axes, *rest = batches
         jvp = functools.partial(linear_jvp, layer=layer, wrt=wrt, batches=rest)
         return jax.vmap(jvp, axes)(*arrays)
+    loop = functools.partial(_jvp_loop, layer, wrt)
+    residuals, _ = _by_name(arrays, wrt)
+    specs = [spec_of(residuals.max_logit)] * (3 if layer.label_smoothing else 2)
+    return auto_sharded(loop, arrays, specs)
+
+
+def _jvp_loop(layer: Layer, wrt: tuple[str, ...], *arrays: Array) -> list[Array]:
     residuals, tangents = _by_name(arrays, wrt)
     points = {name: getattr(residuals, name) for name in wrt}
 
@@ -208,6 +231,14 @@ def linear_transpose(
             jnp.sum(g, 0) if axis is None else jnp.moveaxis(g, 0, axis)
             for g, axis in zip(gradients, tangent_axes.values(), strict=True)
         ]
+    loop = functools.partial(_transpose_loop, layer, wrt)
+    specs = [spec_of(getattr(residuals, name)) for name in wrt]
+    return auto_sharded(loop, [*residuals, *cotangents], specs)
+
+
+def _transpose_loop(layer: Layer, wrt: tuple[str, ...], *arrays: Array) -> list[Array]:
+    count = len(_Residuals._fields)
+    residuals, cotangents = _Residuals(*arrays[:count]), arrays[count:]
     hidden, kernel, bias, *_ = residuals
     cut_side = layer.plan.side
     # A CPU multiplies rows by columns faster than columns by columns. Transposed once, before the
@@ -268,8 +299,8 @@ def _linear_jvp_batch(
     if batches or any(axis is not None and not tokens for _, axis, tokens in triples):
         batches = (tuple(axes), *batches)
     else:
-        size = next(a.shape[axis] for a, axis, _ in triples if axis is not None)
-        arrays = [batching.bdim_at_front(a, axis, size) if t else a for a, axis, t in triples]
+        tokens = iter(with_axis_in_front(*zip(*[(a, x) for a, x, t in triples if t], strict=True)))
+        arrays = [next(tokens) if t else a for a, _, t in triples]
         layer = dataclasses.replace(layer, plan=layer.plan.with_batch_axis())
     results = _linear_jvp_p.bind(*arrays, layer=layer, wrt=wrt, batches=batches)
     return results, (0,) * len(results)

@@ -82,8 +82,7 @@ _weigh.defjvp(_weigh_jvp, symbolic_zeros=True)
 
 def _guard(absent: Array, x: Array) -> Array:
     """``x``, with a derivative that is masked where a place is absent and it is not finite."""
-    absent = _broadcast(_expand(absent, x), x)
-    return _guard_p.bind(*vary_alike(absent, x))[0]
+    return _guard_p.bind(*vary_alike(*_alike(absent, x)))[0]
 
 
 def _mask(absent: Array, tangent: Array) -> Array:
@@ -91,7 +90,7 @@ def _mask(absent: Array, tangent: Array) -> Array:
 
     It counts as linear, and is its own transpose: a cotangent is masked in the same way.
     """
-    return _mask_p.bind(*vary_alike(_broadcast(absent, tangent), tangent))[0]
+    return _mask_p.bind(*vary_alike(*_alike(absent, tangent)))[0]
 
 
 def _zero_unless_finite(absent: Array, x: Array) -> list[Array]:
@@ -132,11 +131,11 @@ def lifted_losses(function: LossFunction, weights: Array, *inputs: Array) -> Arr
     present = weights.astype(bool)
     raw, is_differentiable = _losses_and_check(function, inputs)
     usable = present | is_differentiable
-    replaced = [jnp.where(_expand(usable, x), x, _placeholder(i, x)) for i, x in enumerate(inputs)]
-    losses = jnp.where(usable, function(*replaced), 0)
+    replaced = [where(usable, x, _placeholder(i, x)) for i, x in enumerate(inputs)]
+    losses = _select(usable, function(*replaced))
     scale = weights.astype(losses.dtype)
     # The derivative with respect to a weight is the loss, also where the inputs are replaced.
-    of_weight = jnp.where(usable | ~jnp.isfinite(raw), 0, lax.stop_gradient(raw))
+    of_weight = _select(~usable & jnp.isfinite(raw), lax.stop_gradient(raw))
     return losses * scale + of_weight * (scale - lax.stop_gradient(scale))
 
 
@@ -194,7 +193,19 @@ def _is_absent(weights: Array) -> Array:
 
 def _select(mask: Array, x: Array) -> Array:
     """``x``, and 0 where the mask is not set."""
-    return lax.select(_broadcast(mask, x), x, lax.full_like(x, 0))
+    return where(mask, x, lax.full_like(x, 0))
+
+
+def where(mask: Array, x: Array, y: Array) -> Array:
+    """``x`` where the mask, of its leading axes, is set, and ``y`` elsewhere."""
+    mask, x = _alike(mask, x)
+    return lax.select(mask, x, _broadcast(y, x))
+
+
+def _alike(mask: Array, x: Array) -> tuple[Array, Array]:
+    """Both in the shape of ``x`` and sharded alike, even if one is whole on every device."""
+    mask = _broadcast(_expand(mask, x), x)
+    return mask, _broadcast(x, mask)
 
 
 def _broadcast(x: Array, like: Array) -> Array:

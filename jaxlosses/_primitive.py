@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,9 +42,7 @@ def define_primitive(
         return jax.make_jaxpr(functools.partial(function, **params))(*avals).out_avals
 
     def batch(arrays: Any, axes: Any, **params: Any) -> Any:
-        pairs = list(zip(arrays, axes, strict=True))
-        size = next(a.shape[axis] for a, axis in pairs if axis is not None)
-        results = primitive.bind(*(batching.bdim_at_front(*p, size) for p in pairs), **params)
+        results = primitive.bind(*with_axis_in_front(arrays, axes), **params)
         return results, [0] * len(results)
 
     primitive = Primitive(name)
@@ -55,6 +53,17 @@ def define_primitive(
     if elementwise:
         batching.primitive_batchers[primitive] = batch
     return primitive
+
+
+def with_axis_in_front(arrays: Sequence[Array], axes: Sequence[int | None]) -> list[Array]:
+    """The arrays with the axis of a ``vmap`` in front; those that lack it are broadcast.
+
+    On an Explicit mesh JAX asks that this axis is sharded alike in all arrays.
+    """
+    pairs = list(zip(arrays, axes, strict=True))
+    array, mapped = next((array, axis) for array, axis in pairs if axis is not None)
+    size, mesh_axis = array.shape[mapped], jax.typeof(array).sharding.spec[mapped]
+    return [batching.bdim_at_front(*pair, size, mesh_axis) for pair in pairs]
 
 
 def vary_alike(*arrays: Array) -> tuple[Array, ...]:

@@ -72,32 +72,65 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     """
     hints = get_type_hints(function, include_extras=True)
     signature = inspect.signature(function)
-    options = [
-        p.name
-        for p in signature.parameters.values()
-        if p.kind is p.KEYWORD_ONLY
-        and not any(get_origin(hint) is Annotated for hint in get_args(hints[p.name]))
-    ]
+    names = list(signature.parameters)
+    arrays = {name: spec for name in names if (spec := _array_spec(hints[name]))}
+    options = [name for name in names if name not in arrays]
+    read_as_floats = [name for name, spec in arrays.items() if spec.domain != "class id"]
     jitted = jax.jit(function, static_argnames=options)
+
+    def prepared(name: str, value: Any) -> Any:
+        if name in read_as_floats:
+            return keep_wide(name, value)
+        if name not in options:
+            return value
+        return as_option(name, value)
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        for name, value in kwargs.items():
-            if name in options and (isinstance(value, Array) or not isinstance(value, Hashable)):
-                raise ValueError(
-                    f"{name} must be a Python value, fixed when the program is compiled, "
-                    f"got {value!r} of type {type(value).__name__}"
-                )
+        positional = [prepared(*pair) for pair in zip(names, args, strict=False)]
+        named = {name: prepared(name, value) for name, value in kwargs.items()}
         try:
-            return jitted(*args, **kwargs)
+            return jitted(*positional, *args[len(names) :], **named)
         except TypeError:
+            arguments = _bind(function, signature, args, kwargs)
             # JAX's, if it is of an argument that can be none of its own.
-            for name, value in signature.bind(*args, **kwargs).arguments.items():
-                if name not in options and value is not signature.parameters[name].default:
+            for name, value in arguments.items():
+                if name in arrays and value is not signature.parameters[name].default:
                     as_array(name, value)
             raise
 
     return checked
+
+
+def _array_spec(hint: Any) -> ArraySpec | None:
+    """What an argument contains by its annotation, if it is an array (or None)."""
+    for part in (hint, *get_args(hint)):
+        if get_origin(part) is Annotated:
+            return part.__metadata__[0]
+    return None
+
+
+def as_option(name: str, value: Any) -> Any:
+    """``value`` as a Python value; ``ValueError`` naming the argument if it cannot be fixed."""
+    if isinstance(value, Array) or not isinstance(value, Hashable):
+        raise ValueError(
+            f"{name} must be a Python value, fixed when the program is compiled, "
+            f"got {value!r} of type {type(value).__name__}"
+        )
+    # A number of NumPy would impose its dtype on what it is multiplied with.
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _bind(
+    function: Callable[..., Any], signature: inspect.Signature, args: Any, kwargs: Any
+) -> dict[str, Any]:
+    """The arguments of a call by name; ``TypeError`` naming the function if it is a wrong call."""
+    try:
+        return signature.bind(*args, **kwargs).arguments
+    except TypeError as error:
+        bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        name = function.__name__
+        raise TypeError(f"{name}(): {error}; it is {name}{inspect.Signature(bare)}") from None
 
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -112,16 +145,38 @@ def as_array(name: str, value: Any) -> Array:
     dtype = getattr(value, "dtype", np.dtype(type(value)))
     if jnp.issubdtype(dtype, jnp.complexfloating) or not _is_number(dtype):
         raise ValueError(f"{name} must be real, got dtype {dtype}")
-    return jnp.asarray(value)
+    return jnp.asarray(keep_wide(name, value) if type(value) is int else value)
+
+
+def keep_wide(name: str, value: Any) -> Any:
+    """Numbers that are read as floats; integers that JAX would cut to 32 bits as floats already.
+
+    Raises:
+        ValueError: naming the argument, if it is an integer that is too large for a float.
+    """
+    if not isinstance(value, np.ndarray | np.integer | int):
+        return value
+    narrow = jax.dtypes.canonicalize_dtype(np.int64)
+    if not isinstance(value, int):
+        is_cut = value.dtype.kind in "iu" and value.dtype.itemsize > narrow.itemsize
+        return value.astype(np.float32) if is_cut else value
+    if value.bit_length() < 8 * narrow.itemsize:
+        return value
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(
+            f"{name} must fit into a float, got an integer of {value.bit_length()} bits"
+        ) from None
 
 
 def as_floats(**arrays: ArrayLike) -> list[Array]:
-    """Arrays of one shape, integers and booleans as float32.
+    """Arrays of one shape, integers and booleans in the precision of the others.
 
     Raises:
         ValueError: naming both arguments, if their shapes differ.
     """
-    checked = {name: as_array(name, value) for name, value in arrays.items()}
+    checked = {name: as_array(name, keep_wide(name, value)) for name, value in arrays.items()}
     (first, head), *rest = checked.items()
     for name, array in rest:
         if array.shape != head.shape:
@@ -129,7 +184,13 @@ def as_floats(**arrays: ArrayLike) -> list[Array]:
                 f"{first} and {name} must have the same shape, "
                 f"got {first} of shape {head.shape} and {name} of shape {array.shape}"
             )
-    return [a if is_float(a) else a.astype(jnp.float32) for a in checked.values()]
+    return in_floats(*checked.values())
+
+
+def in_floats(*arrays: Array) -> list[Array]:
+    """Arrays, integers and booleans in the precision of the others."""
+    dtype = precision(*arrays)
+    return [a if is_float(a) else a.astype(dtype) for a in arrays]
 
 
 def is_float(array: Array) -> bool:
@@ -137,15 +198,22 @@ def is_float(array: Array) -> bool:
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
-def precision(*arrays: Array) -> Any:
-    """The dtype to compute in: float64 where an argument asks for it, float32 elsewhere."""
-    doubles = (a.dtype == jnp.float64 and not a.weak_type for a in arrays)
-    return jnp.float64 if any(doubles) else jnp.float32
+def precision(*inputs: Array, weights: Array | None = None) -> Any:
+    """The dtype to compute in: float64 where an argument asks for it, float32 elsewhere.
+
+    As in JAX, a weakly typed array asks for float64 where no other float is an input. A weakly
+    typed weight, as a Python number is inside of ``jit``, asks for nothing.
+    """
+    floats = [x for x in inputs if is_float(x)]
+    asking = [x for x in floats if not x.weak_type] or floats
+    if weights is not None and not weights.weak_type:
+        asking = [*asking, weights]
+    return jnp.float64 if any(x.dtype == jnp.float64 for x in asking) else jnp.float32
 
 
 def in_precision(inputs: Sequence[Array], weights: Array) -> list[Array]:
     """Floating-point inputs in the dtype to compute in; integers (class ids) as they are."""
-    dtype = precision(*inputs, weights)
+    dtype = precision(*inputs, weights=weights)
     return [x.astype(dtype) if is_float(x) else x for x in inputs]
 
 

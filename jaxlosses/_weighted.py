@@ -20,8 +20,10 @@ from jaxlosses._typing import (
     Result,
     Weights,
     as_array,
+    as_option,
     check_integer,
     in_precision,
+    keep_wide,
     precision,
 )
 
@@ -108,6 +110,7 @@ class _Weighted:
 
     def __call__(
         self,
+        /,
         *inputs: Any,
         weights: Weights = _ONES,
         reduction: Reduction = "mean",
@@ -125,11 +128,12 @@ class _Weighted:
                 f"{self} takes {self.num_inputs} inputs by position (num_inputs), then weights; "
                 f"all else by name; got {len(inputs)} by position and {sorted(options)} by name"
             )
+        reduction, axis_name = as_option("reduction", reduction), as_option("axis_name", axis_name)
         # Weights that are known when the program is traced cost nothing if none of them is zero.
-        given, weights = weights, as_array("weights", weights)
+        given, weights = weights, as_array("weights", keep_wide("weights", weights))
         none_absent = not isinstance(given, Array) and bool(np.all(given))
         names, arrays, structure = _flatten(examples)
-        dtype = precision(*arrays, weights)
+        dtype = precision(*arrays, weights=weights)
 
         def losses_of(*arrays: Array) -> Array:
             losses = self.loss_fn(*jax.tree.unflatten(structure, arrays), **options)

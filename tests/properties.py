@@ -497,12 +497,145 @@ def abstract(value: Any, shape: tuple[Any, ...]) -> Any:
     return jax.ShapeDtypeStruct(shape, value.dtype)
 
 
-def raises(loss, *arguments, **options) -> str:
+def maps_over_a_sharded_axis(case: Case) -> None:
+    """On an Explicit mesh, value and gradient, also where some arguments lack the axis."""
+    if jax.__version_info__ < (0, 9):
+        return  # The select of JAX 0.8 cannot be mapped over one, even without this package.
+    draws = [(*case.draw(seed), case.weights(seed)) for seed in range(4)]
+    n = len(draws[0])
+    gradient = jax.value_and_grad(case.loss, every_argument(case))
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    for axes in ((0,) * n, (0, *(None,) * (n - 1)), (*(None,) * (n - 1), 0)):
+        rows = [[d[i] if axis == 0 else draws[0][i] for i, axis in enumerate(axes)] for d in draws]
+        expected = jax.tree.map(lambda *x: jnp.stack(x), *(gradient(*row) for row in rows))
+        with jax.set_mesh(mesh):
+            placed = [
+                jax.device_put(
+                    draws[0][i] if axis is None else np.stack([d[i] for d in draws]),
+                    NamedSharding(mesh, PartitionSpec() if axis is None else PartitionSpec("data")),
+                )
+                for i, axis in enumerate(axes)
+            ]
+            found = jax.jit(jax.vmap(gradient, axes))(*placed)
+        close(jax.tree.map(np.asarray, found), expected, rtol=1e-4, atol=1e-5)
+
+
+def some_axes_of_a_mesh_may_be_manual(case: Case) -> None:
+    """In shard_map over one axis of a mesh, the other one stays Auto or Explicit."""
+    if case.is_coupled:
+        return
+    values, weights = case.draw(batch=(8, 4)), jnp.arange(8.0).at[2:6].set(0)
+    expected = jax.value_and_grad(case.loss, every_argument(case))(*values, weights)
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    specs = (*case.of_each(lambda _: rows, [whole] * len(values)), rows)
+    loss = functools.partial(case.loss, axis_name="data")
+    inside = jax.value_and_grad(loss, every_argument(case))
+    gradient_specs = tuple(specs[i] for i in every_argument(case))
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
+        mapped = functools.partial(jax.shard_map, axis_names={"data"}, mesh=mesh, in_specs=specs)
+        outside = jax.value_and_grad(mapped(loss, out_specs=whole), every_argument(case))
+        for of_rows in (("data", "model"), ("data", None, "model")):
+
+            def place(v, spec, of_rows=of_rows, mesh=mesh):
+                spec = PartitionSpec(*of_rows[: v.ndim]) if spec == rows else spec
+                return jax.device_put(v, NamedSharding(mesh, spec))
+
+            with jax.set_mesh(mesh):
+                placed = list(map(place, (*values, weights), specs))
+                for gradient in (mapped(inside, out_specs=(whole, gradient_specs)), outside):
+                    close(jax.jit(gradient)(*placed), expected, rtol=1e-5)
+
+
+def float64_stays_float64(case: Case) -> None:
+    """Weakly typed or not, in any one argument; but a number of Python asks for nothing."""
+    values, weights = case.draw(), case.weights()
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        wide = [v.astype(np.float64) if i in case.floats else v for i, v in enumerate(values)]
+        weak = [weakly_typed(v) if i in case.floats else v for i, v in enumerate(values)]
+        expected = case.loss(*wide, weights.astype(np.float64))
+        for w in (weights, weights.astype(np.float64)):
+            value, gradients = jax.value_and_grad(case.loss, every_argument(case))(*weak, w)
+            assert value.dtype == np.float64
+            np.testing.assert_allclose(value, expected, rtol=1e-12)
+            assert all(gradients[i].weak_type for i in range(len(case.floats)))
+            assert gradients[-1].dtype == w.dtype
+        # The digits of float32 inputs are kept where any one argument is float64.
+        for i in every_argument(case):
+            some = [x.astype(np.float64) if j == i else x for j, x in enumerate((*values, weights))]
+            value, gradients = jax.value_and_grad(case.loss, every_argument(case))(*some)
+            np.testing.assert_allclose(value, expected, rtol=1e-12)
+            assert value.dtype == np.float64
+            for j, gradient in zip(every_argument(case), gradients, strict=True):
+                assert gradient.dtype == some[j].dtype
+        for w in ((), (0.5,), (2,), (jnp.asarray(0.5),)):
+            assert case.loss(*values, *w).dtype == np.float32
+            assert jax.jit(case.loss)(*values, *w).dtype == np.float32
+            assert case.loss(*weak, *w).dtype == np.float64
+
+
+def wrong_calls_name_the_function(case: Case) -> None:
+    values = case.draw()
+    name = repr(case.loss) if case.is_lifted else case.loss.__name__
+    too_many = (*values, 1.0, "mean", None, 0)
+    wrong: list[tuple] = [((), {}), (values[:-1], {}), (too_many, {})]
+    if not case.is_lifted:  # There, options are for the function that is lifted.
+        wrong += [(values, {"weigths": 1.0}), (values, {next(iter(case.inputs)): values[0]})]
+    for arguments, options in wrong:
+        assert f"{name}" in raises(case.loss, *arguments, kind=TypeError, **options)
+
+
+def wrong_arguments_are_named(case: Case) -> None:
+    values = case.draw()
+    rubbish = [None, "three", object(), b"three", np.array(["three"]), np.ones((), complex)]
+    rubbish += [1j, [1.0], (1.0,), {}, np.array([None]), jax.random.key(0)]
+    for i, name in enumerate((*case.inputs, "weights")):
+        given = "weights" if name == "weights" else f"inputs[{i}]" if case.is_lifted else name
+        is_label = i < len(values) and i not in case.floats
+        for bad in (*rubbish, *[10**400] * (not is_label)):
+            if case.is_lifted and i < len(values) and isinstance(bad, list | tuple):
+                continue  # A pytree of arrays.
+            arguments = [*values, 1.0]
+            arguments[i] = bad
+            assert given in raises(case.loss, *arguments)
+    signature = inspect.signature(case.loss)
+    for name, parameter in signature.parameters.items():
+        is_option = parameter.kind is parameter.KEYWORD_ONLY and name not in case.inputs
+        if not is_option or name in ("weights", "bias"):
+            continue
+        for bad in (jnp.ones(3), np.ones(()), ["mean"], {"mean": 1}):
+            assert name in raises(case.loss, *values, **{name: bad})
+
+
+def wide_integers_keep_their_size(case: Case) -> None:
+    """JAX would cut them to 32 bits, or refuse a number of Python."""
+    values, large = case.draw(), 2**40
+    expected = case.loss(*values, jnp.float32(large))
+    for weight in (large, np.int64(large), np.array(large), np.full(case.losses_shape, large)):
+        close(case.loss(*values, weight), expected)
+    if case.is_lifted or any(spec.inner for spec in case.inputs.values()):
+        return
+    ones = [jnp.float32(1) for _ in values]
+    for i in range(len(values)):
+        some = [*ones[:i], jnp.float32(large), *ones[i + 1 :]]
+        for number in (large, np.int64(large)):
+            given = [*ones[:i], number, *ones[i + 1 :]]
+            np.testing.assert_array_equal(case.loss(*given), case.loss(*some))
+
+
+def weakly_typed(x: jax.Array) -> jax.Array:
+    """``x`` as a weakly typed float64: what a number of Python becomes when JAX traces it."""
+    flat = jax.vmap(lambda i: jnp.asarray(0.0) + 0.0 * i)(jnp.arange(x.size))
+    assert flat.weak_type
+    return flat.reshape(x.shape).at[...].set(x.astype(np.float64))
+
+
+def raises(loss, *arguments, kind=ValueError, **options) -> str:
     try:
         loss(*arguments, **options)
-    except ValueError as error:
+    except kind as error:
         return str(error)
-    raise AssertionError("no ValueError")
+    raise AssertionError(f"no {kind.__name__}")
 
 
 PROPERTIES = [

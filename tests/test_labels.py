@@ -138,6 +138,14 @@ def test_labels_of_64_bits_are_checked_before_jax_narrows_them(name, dtype):
     chex.assert_trees_all_close(loss(X, wide % 3), loss(X, jnp.array([0, 2, 2, 1])))
 
 
+@pytest.mark.parametrize("label", [2**31 - 1, -(2**31), 2**40, 2**32 + 1, 2**70, -(2**70)])
+def test_a_label_of_python_is_checked_before_jax_refuses_it(label):
+    assert jnp.isnan(jl.sparse_softmax_cross_entropy(X[0], label))
+    limit = 2**31 - 1 if label > 0 else -(2**31)
+    value = jl.sparse_softmax_cross_entropy(X[0], label, ignore_index=limit)
+    assert jnp.isnan(value) == (label != limit)
+
+
 @pytest.mark.parametrize(
     ("dtype", "label", "ignore_index", "is_ignored"),
     [

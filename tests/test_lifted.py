@@ -389,6 +389,30 @@ def test_inputs_on_a_mesh_need_not_be_sharded_alike(kind):
         close(jax.value_and_grad(loss)(*placed), expected)  # Not in jit.
 
 
+def test_an_input_may_be_whole_on_every_device_of_an_explicit_mesh():
+    """With inputs or weights that are sharded, with and without jit and checkpoint."""
+    if jax.__version_info__ < (0, 9):
+        pytest.skip("the select of JAX 0.8 has a transpose that is sharded otherwise")
+    x, y, w = reals(8, 3), reals(8, 3), jnp.array([1.0, 0, 0, 1, 1, 0, 1, 1])
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
+    rows, whole = PartitionSpec("d"), PartitionSpec()
+    for loss in (jl.weighted(losses.squared_error), jl.mean_squared_error):
+        expected = jax.grad(loss, (0, 1, 2))(x, y, w)
+        with jax.set_mesh(mesh):
+            for specs in ((rows, whole, rows), (whole, rows, rows), (whole, whole, rows)):
+                placed = [
+                    jax.device_put(a, NamedSharding(mesh, s))
+                    for a, s in zip((x, y, w), specs, strict=True)
+                ]
+                for function in (loss, jax.checkpoint(loss), jax.jit(loss)):
+                    close(jax.grad(function, (0, 1, 2))(*placed), expected)
+
+
+def test_an_option_may_have_any_name():
+    lifted = jl.weighted(lambda p, y, self, loss_fn: self * p - loss_fn * y)
+    close(lifted(*REALS, self=2.0, loss_fn=3.0), jnp.mean(2 * REALS[0] - 3 * REALS[1]))
+
+
 def test_placeholders_differ_between_inputs_places_and_features():
     """Or a distance, or a standard deviation, would have an infinite derivative there."""
     x = jnp.full((3, 4), jnp.nan)

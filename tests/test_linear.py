@@ -5,6 +5,7 @@ import re
 
 import chex
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ close = functools.partial(chex.assert_trees_all_close, rtol=2e-5, atol=2e-6)
 
 
 def through_logits(hidden, kernel, labels, *rest, bias=None, logit_soft_cap=None, **options):
-    logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    wide = jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
+    logits = jnp.matmul(hidden, kernel, preferred_element_type=wide)
     logits = logits if bias is None else logits + jnp.expand_dims(bias, range(logits.ndim - 1))
     if logit_soft_cap:
         logits = logit_soft_cap * jnp.tanh(logits / logit_soft_cap)
@@ -207,6 +209,61 @@ def test_integers_and_doubles_are_taken():
             jax.nn.log_softmax(doubles[0] @ doubles[1]), labels[..., None], -1
         )
         np.testing.assert_allclose(value, -picked.mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("position", ["hidden", "kernel", "bias", "weights"])
+@pytest.mark.parametrize("block_size", [4, (6, None), None], ids=str)
+def test_one_double_is_enough_for_all_digits(position, block_size):
+    """NumPy's doubles as options impose nothing."""
+    names = ["hidden", "kernel", "bias", "weights"]
+    options = {name: np.float64(value) for name, value in ALL_OPTIONS.items()}
+    with jax.enable_x64(True):
+        *floats, labels = draw()
+        loss, _ = both(labels, block_size=block_size, **options)
+        _, whole = both(labels, **ALL_OPTIONS)
+        exact = [x.astype(np.float64) for x in floats]
+        assert loss(*floats).dtype == np.float32
+        some = [x if n == position else y for n, x, y in zip(names, exact, floats, strict=True)]
+        found, expected = (
+            jax.jit(jax.value_and_grad(f, ALL_FLOATS))(*a)
+            for f, a in ((loss, some), (whole, exact))
+        )
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
+        for gradient, right, x in zip(found[1], expected[1], some, strict=True):
+            assert gradient.dtype == x.dtype
+            np.testing.assert_allclose(gradient, right, rtol=4 * jnp.finfo(x.dtype).eps, atol=1e-7)
+
+
+@pytest.mark.parametrize("block_size", [None, 4, (6, None)], ids=str)
+@pytest.mark.parametrize("sizes", ["b", "b, 3", "b, s"])
+def test_the_number_of_tokens_may_be_symbolic(sizes, block_size):
+    tokens = jax.export.symbolic_shape(sizes)
+    *_, bias, _, _ = draw()
+
+    def gradient(hidden, kernel, labels, weights):
+        options = {"bias": bias, "block_size": block_size, "ignore_index": -1, **ALL_OPTIONS}
+        return jax.value_and_grad(linear, (0, 1, 3))(hidden, kernel, labels, weights, **options)
+
+    shapes = [(*tokens, FEATURES), (FEATURES, CLASSES), tokens, tokens]
+    dtypes = ["float32", "float32", "int32", "float32"]
+    arguments = [jax.ShapeDtypeStruct(*pair) for pair in zip(shapes, dtypes, strict=True)]
+    # A program for a TPU, of operations that a CPU has too.
+    checks = [jax.export.DisabledSafetyCheck.platform()]
+    exported = jax.export.export(jax.jit(gradient), platforms=["tpu"], disabled_checks=checks)
+    exported = exported(*arguments)
+    for batch in (4, 7):
+        hidden, kernel, _, weights, labels = draw((batch, 3)[: len(tokens)])
+        labels = labels.at[0].set(-1)
+        found = exported.call(hidden, kernel, labels, weights)
+        close(found, gradient(hidden, kernel, labels, weights))
+
+
+def test_the_number_of_classes_may_not_be_symbolic():
+    (classes,) = jax.export.symbolic_shape("c")
+    shapes = [((3, 4), "float32"), ((4, classes), "float32"), ((3,), "int32")]
+    arguments = [jax.ShapeDtypeStruct(*s) for s in shapes]
+    with pytest.raises(ValueError, match=r"kernel must have a fixed number of classes.*\(4, c\)"):
+        jax.export.export(jax.jit(linear))(*arguments)
 
 
 def test_there_may_be_one_token_no_token_or_no_feature():

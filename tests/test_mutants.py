@@ -53,8 +53,8 @@ MUTANTS = {
     ),
     "take the value at the inputs as they are": (
         MASKING,
-        "losses = jnp.where(usable, function(*replaced), 0)",
-        "losses = jnp.where(usable, function(*replaced), 0)\n"
+        "losses = _select(usable, function(*replaced))",
+        "losses = _select(usable, function(*replaced))\n"
         "    losses = lax.stop_gradient(jnp.where(present, raw, 0) - losses) + losses",
         "weighted(centred)",
         "value_and_derivative_are_of_the_same_inputs",
@@ -138,7 +138,7 @@ MUTANTS = {
     ),
     "accumulate in bf16": (
         TYPING,
-        "dtype = precision(*inputs, weights)",
+        "dtype = precision(*inputs, weights=weights)",
         "dtype = inputs[0].dtype",
         "mean_squared_error",
         "low_precision_accumulates_in_float32",
@@ -331,6 +331,48 @@ MUTANTS = {
         "jnp.square(p - __import__('jax').lax.stop_gradient(y))",
         "mean_squared_error",
         "finite_differences_agree",
+    ),
+    "compute what is weakly float64 in float32": (
+        TYPING,
+        "if not x.weak_type] or floats",
+        "if not x.weak_type]",
+        "mean_squared_error",
+        "float64_stays_float64",
+    ),
+    "let a number of Python ask for float64": (
+        TYPING,
+        "if weights is not None and not weights.weak_type:",
+        "if weights is not None:",
+        "mean_squared_error",
+        "float64_stays_float64",
+    ),
+    "multiply a last layer in float32 for a bias in float64": (
+        "_linear.py",
+        "if precision(hidden, kernel, bias, weights=weights) == jnp.float64:",
+        "if False:",
+        "linear_softmax_cross_entropy",
+        "float64_stays_float64",
+    ),
+    "leave a wrong call to JAX": (
+        TYPING,
+        "arguments = _bind(function, signature, args, kwargs)",
+        "arguments = signature.bind(*args, **kwargs).arguments",
+        "mean_squared_error",
+        "wrong_calls_name_the_function",
+    ),
+    "take what is no real number": (
+        TYPING,
+        'raise ValueError(f"{name} must be real, got dtype {dtype}")',
+        "pass",
+        "mean_squared_error",
+        "wrong_arguments_are_named",
+    ),
+    "let JAX cut wide integers": (
+        TYPING,
+        "return value.astype(np.float32) if is_cut else value",
+        "return value",
+        "compute_weighted_loss",
+        "wide_integers_keep_their_size",
     ),
 }
 
