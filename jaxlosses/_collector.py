@@ -100,7 +100,8 @@ class LossCollector:
         """This collector with one more regularization loss for each pattern, named by the pattern.
 
         Args:
-            params: Any pytree of parameters (of linen, of nnx, of your own).
+            params: Any pytree of parameters (of linen, of nnx, of your own). What Flax wraps arrays
+                in, variables of nnx and boxes of linen, adds nothing to their paths.
             regularizers: A mapping from patterns to functions. A pattern is a regular expression
                 that is searched for in the path of every floating-point parameter, joined by "/"
                 (``encoder/dense/kernel``). The loss is the sum of the function's values for the

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -81,16 +82,11 @@ def matching_parameters(params: Any, pattern: str) -> list[Array]:
         ValueError: if the pattern is not a regular expression, or is found in no path.
     """
     search = as_pattern("pattern", pattern).search
-    named, seen = [], set()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable):
-        # A variable of nnx has several paths if modules share it, but is one parameter.
-        if _is_variable(leaf):
-            if id(leaf) in seen:
-                continue
-            seen.add(id(leaf))
-            leaf = leaf.get_value()
-        if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating):
-            named.append((_path_of(path), leaf))
+    named = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in _leaves_with_path(params, (), set())
+        if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating)
+    ]
     matched = [leaf for path, leaf in named if search(path)]
     if not matched:
         raise ValueError(
@@ -110,17 +106,40 @@ def as_pattern(name: str, pattern: str) -> re.Pattern[str]:
         ) from error
 
 
-def _is_variable(x: Any) -> bool:
-    """Whether it is a variable of nnx; only ``jaxlosses.flax`` may import its class."""
-    return hasattr(x, "get_value")
+def _leaves_with_path(
+    tree: Any, prefix: tuple[Any, ...], seen: set[int]
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Leaves and their paths, as if Flax did not wrap arrays in variables (nnx) and boxes (linen).
+
+    A wrapper has a key of its own for its content, which is no part of a parameter's name. Nothing
+    but a wrapper has its keys left out: a layer of attention may be called ``value`` too.
+    """
+    variable = _flax_class("flax.nnx", "Variable")
+    box = _flax_class("flax.core.meta", "AxisMetadata")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: isinstance(x, (variable, box))
+    ):
+        path = (*prefix, *path)
+        if isinstance(leaf, variable):
+            # It has several paths if modules share it, but is one parameter.
+            if id(leaf) not in seen:
+                seen.add(id(leaf))
+                yield from _leaves_with_path(leaf.get_value(), path, seen)
+        elif isinstance(leaf, box):
+            # Its method unbox would also move the array to a mesh.
+            for content in jax.tree.leaves(leaf, is_leaf=lambda x, box=leaf: x is not box):
+                if content is not leaf:  # It is, if the box is no pytree.
+                    yield from _leaves_with_path(content, path, seen)
+        else:
+            yield path, leaf
 
 
-def _path_of(path: tuple[Any, ...]) -> str:
-    """A leaf's path, joined by "/"."""
-    # Linen wraps an array with metadata in a box, whose attribute "value" is the array.
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def _flax_class(module: str, name: str) -> Any:
+    """A class of Flax without an import of Flax, for ``isinstance``; no class if it is not loaded.
+
+    Nothing can be an instance of a class that has not been loaded.
+    """
+    return getattr(sys.modules.get(module), name, ())
 
 
 def _check_scale(scale: float) -> None:

@@ -1,6 +1,8 @@
 """LossCollector and the regularizers."""
 
+import collections
 import copy
+import dataclasses
 import pickle
 
 import chex
@@ -333,7 +335,139 @@ def test_patterns_find_parameters_of_linen_and_nnx():
             self.dense = nnx.Linear(3, 2, kernel_init=ones, rngs=nnx.Rngs(0))
 
     variables = Linen().init(jax.random.key(0), jnp.ones((1, 3)))
+    assert isinstance(variables["params"]["dense"]["kernel"], nn.Partitioned)
     model = Nnx()
     for params in (variables["params"], nnx.state(model, nnx.Param), nnx.state(model), model):
         losses = jl.LossCollector().regularize(params, {"^dense/kernel$": jl.l1_regularizer(1.0)})
         assert losses.get_total_loss() == 6
+
+
+ATTENTION = ("query", "key", "value")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Dataclass:
+    query: object
+    key: object
+    value: object
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Module(Dataclass):
+    """A module as equinox makes it: a pytree with a static field, whose keys are attributes."""
+
+    width: int = 3
+
+    def get_value(self):
+        return self.value
+
+    unbox = add_axis = get_value
+
+    def tree_flatten_with_keys(self):
+        keys = map(jax.tree_util.GetAttrKey, ATTENTION)
+        return list(zip(keys, [self.query, self.key, self.value], strict=True)), self.width
+
+    @classmethod
+    def tree_unflatten(cls, width, children):
+        module = cls(*children)
+        module.width = width
+        return module
+
+
+class NnxModule(nnx.Module):
+    def __init__(self, query, key, value):
+        self.query, self.key, self.value = (
+            nnx.data(x) if isinstance(x, nnx.Module | nnx.Variable) else nnx.Param(x)
+            for x in (query, key, value)
+        )
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class OwnBox(nn.meta.AxisMetadata):
+    """A box that calls its content otherwise."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def unbox(self):
+        raise AssertionError("The array must stay where it is.")
+
+    replace_boxed = add_axis = remove_axis = unbox
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey("content"), self.content)], None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+class OpaqueBox(OwnBox):
+    """A box that is no pytree, so that its content is hidden from JAX."""
+
+
+CONTAINERS = {
+    "dict": lambda *leaves: dict(zip(ATTENTION, leaves, strict=True)),
+    "frozen dict": lambda *leaves: nn.FrozenDict(zip(ATTENTION, leaves, strict=True)),
+    "namedtuple": collections.namedtuple("Named", ATTENTION),
+    "dataclass": Dataclass,
+    "module": Module,
+    "list": lambda *leaves: list(leaves),
+    "tuple": lambda *leaves: leaves,
+    "haiku": lambda *leaves: {f"a/~/{k}": v for k, v in zip(ATTENTION, leaves, strict=True)},
+    "none": lambda *leaves: [dict(zip(ATTENTION, leaves, strict=True)), None],
+    "nnx": NnxModule,
+    "nnx state": lambda *leaves: nnx.state(NnxModule(*leaves)),
+    "pure nnx state": lambda *leaves: nnx.to_pure_dict(nnx.state(NnxModule(*leaves))),
+}
+NAMES = {
+    "list": ("0", "1", "2"),
+    "tuple": ("0", "1", "2"),
+    "haiku": tuple(f"a/~/{name}" for name in ATTENTION),
+    "none": tuple(f"0/{name}" for name in ATTENTION),
+}
+WRAPPERS = {
+    "plain": lambda x: x,
+    "Partitioned": lambda x: nn.Partitioned(x, ("model",)),
+    "LogicallyPartitioned": lambda x: nn.LogicallyPartitioned(x, ("model",)),
+    "nested boxes": lambda x: nn.Partitioned(nn.Partitioned(x, ("model",)), ("data",)),
+    "own box": OwnBox,
+    "variable": nnx.Param,
+    "box in variable": lambda x: nnx.Param(OwnBox(x)),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_path_names_every_parameter_of_every_container(container, wrapper):
+    names = NAMES.get(container, ATTENTION)
+    wrapped = [WRAPPERS[wrapper](jnp.full(1, scale)) for scale in (1.0, 10.0, 100.0)]
+    params = CONTAINERS[container](*wrapped)
+    if "nnx" not in container:
+        assert len(jax.tree.leaves(params)) == 3
+    patterns = {f"^{name}$": jl.l1_regularizer(1.0) for name in names}
+    losses = jl.LossCollector().regularize(params, patterns)
+    expected = dict(zip(patterns, (1.0, 10.0, 100.0), strict=True))
+    chex.assert_trees_all_equal(losses.get_regularization_losses(), expected)
+
+
+@pytest.mark.parametrize("outer", CONTAINERS)
+@pytest.mark.parametrize("inner", [name for name in CONTAINERS if "nnx" not in name])
+def test_a_path_names_every_parameter_of_nested_containers(outer, inner):
+    leaves = iter(jnp.full(1, 2.0**i) for i in range(9))
+    params = CONTAINERS[outer](*[CONTAINERS[inner](*[next(leaves) for _ in "abc"]) for _ in "abc"])
+    names = [f"{a}/{b}" for a in NAMES.get(outer, ATTENTION) for b in NAMES.get(inner, ATTENTION)]
+    patterns = {f"^{name}$": jl.l1_regularizer(1.0) for name in names}
+    losses = jl.LossCollector().regularize(params, patterns)
+    expected = {pattern: 2.0**i for i, pattern in enumerate(patterns)}
+    chex.assert_trees_all_equal(losses.get_regularization_losses(), expected)
+
+
+def test_boxes_hold_pytrees_and_may_be_hidden_from_jax():
+    pytree = {"value": jnp.ones(1), "steps": jnp.array(7)}
+    for box in (OwnBox(pytree), nn.Partitioned(pytree, ()), nnx.Param(pytree)):
+        losses = jl.LossCollector().regularize({"value": box}, {"^value/value$": jnp.sum})
+        assert losses.get_total_loss() == 1
+    both = {"hidden": OpaqueBox(jnp.ones(1)), "seen": jnp.ones(1)}
+    assert jl.LossCollector().regularize(both, {".": jnp.sum}).get_total_loss() == 1
