@@ -6,7 +6,7 @@ TensorFlow collected losses in a global collection of the graph; JAX's functions
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,17 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike
 
 from jaxlosses._kernel import reduce_losses
-from jaxlosses._mean import WeightedMean, psum, widen
+from jaxlosses._mean import WeightedMean, exportable, psum, widen
 from jaxlosses._regularization import Regularizer, as_pattern, matching_parameters
 from jaxlosses._typing import as_floats
 
 TOTAL = "total_loss"  # The name of the sum for loggers; no loss can have it.
 
 
-@jax.tree_util.register_dataclass
+# The kinds of losses: attributes of a collector, and the first keys of its pytree.
+KINDS = ("losses", "regularization_losses")
+
+
+@exportable
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LossCollector:
     """Losses by name, each kept as an undivided mean.
@@ -180,11 +186,11 @@ class LossCollector:
         if not isinstance(other, LossCollector):
             raise ValueError(f"other must be a LossCollector, got {type(other).__name__}")
         merged = {}
-        for field in ("losses", "regularization_losses"):
-            mine, theirs = getattr(self, field), getattr(other, field)
+        for kind in KINDS:
+            mine, theirs = getattr(self, kind), getattr(other, kind)
             if mine.keys() != theirs.keys():
                 raise ValueError(
-                    f"only collectors of the same {field} can be merged; "
+                    f"only collectors of the same {kind} can be merged; "
                     f"only the first has {sorted(mine.keys() - theirs.keys())}, "
                     f"only the second has {sorted(theirs.keys() - mine.keys())}"
                 )
@@ -192,7 +198,7 @@ class LossCollector:
                 shapes = [jnp.shape(means[name].total) for means in (mine, theirs)]
                 if shapes[0] != shapes[1]:
                     raise ValueError(f"{name} must have one shape to be merged, got {shapes}")
-            merged[f"_{field}"] = {name: mean + theirs[name] for name, mean in mine.items()}
+            merged[f"_{kind}"] = {name: mean + theirs[name] for name, mean in mine.items()}
         return LossCollector(**merged)
 
     __add__ = merge
@@ -241,11 +247,20 @@ class LossCollector:
     def __repr__(self) -> str:
         """The names with their values, or with dtype and shape while they are traced."""
         parts = [
-            f"{field}={{{', '.join(f'{n}: {_show(m)}' for n, m in getattr(self, field).items())}}}"
-            for field in ("losses", "regularization_losses")
-            if getattr(self, field)
+            f"{kind}={{{', '.join(f'{n}: {_show(m)}' for n, m in getattr(self, kind).items())}}}"
+            for kind in KINDS
+            if getattr(self, kind)
         ]
         return f"LossCollector({', '.join(parts)})"
+
+    def tree_flatten_with_keys(self) -> tuple[Iterable[tuple[Any, Any]], None]:
+        """Public names as keys, because checkpoints are read by them."""
+        return [(GetAttrKey(kind), getattr(self, f"_{kind}")) for kind in KINDS], None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Iterable[Any]) -> LossCollector:
+        """A collector of any leaves, which JAX may put there; so nothing is checked."""
+        return cls(*children)
 
     def _with(
         self, means: Mapping[str, WeightedMean], name: str, value: ArrayLike | WeightedMean

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from typing import TypeVar
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
@@ -14,6 +15,21 @@ from jax.typing import ArrayLike
 T = TypeVar("T")
 
 
+def exportable(cls: type[T]) -> type[T]:
+    """Let ``jax.export`` save programs that take or return a class whose fields are all children.
+
+    The name is part of the saved program, so that no private module may be in it.
+    """
+    return jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"{__package__}.{cls.__name__}",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: None,
+        from_children=lambda aux_data, children: cls(*children),
+    )
+
+
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightedMean:
@@ -25,8 +41,9 @@ class WeightedMean:
     different numbers of losses. It is the sum of totals divided by the sum of counts. The same
     holds for microbatches, devices and hosts. Every loss returns this class with
     ``reduction="parts"``. It is a pytree, so it passes through ``jit``, ``scan``, ``vmap`` and
-    ``grad``. Sums have the precision of their dtype: past $2^{24}$, a float32 loses small numbers
-    that are added to it, so add up millions of batches in groups.
+    ``grad``, and through ``jax.export`` and checkpoints. Sums have the precision of their dtype:
+    past $2^{24}$, a float32 loses small numbers that are added to it, so add up millions of batches
+    in groups.
 
     Attributes:
         total: Sum of the weighted losses; any floating-point array, usually a scalar.

@@ -4,6 +4,8 @@ A module calls :func:`sow_loss` where it knows a loss, and the training step cal
 or :func:`capture`. A loss may be sown several times: in a module that is called twice, for each
 layer of a ``scan``, for each example of a ``vmap``. Each time is a loss of its own: they are
 collected under one name, as the elements of an array, and the total loss is their sum.
+
+Once this module is imported, ``flax.serialization`` saves and restores the package's pytrees.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx, serialization, traverse_util
 from flax.core.scope import union_filters
 from flax.linen import module as linen_module
 from jax.typing import ArrayLike
 
-from jaxlosses._collector import LossCollector, as_mean
+from jaxlosses._collector import KINDS, LossCollector, as_mean
 from jaxlosses._mean import WeightedMean
 
 
@@ -325,3 +327,37 @@ def _sown_by_flax(name: str, sown: Any) -> list[WeightedMean]:
             f"elements are losses to average or layers to sum"
         )
     return [as_mean(name, value) for value in values]
+
+
+def _children(fields: tuple[str, ...], tree: Any) -> dict[str, Any]:
+    """The fields of one of the package's pytrees; Flax knows no read-only mappings."""
+    values = {field: getattr(tree, field) for field in fields}
+    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _to_state(fields: tuple[str, ...], tree: Any) -> dict[str, Any]:
+    """What Flax saves."""
+    return {k: serialization.to_state_dict(v) for k, v in _children(fields, tree).items()}
+
+
+def _from_state(fields: tuple[str, ...], target: Any, state: dict[str, Any]) -> Any:
+    """``target`` with the leaves that Flax has saved, if the names are the same.
+
+    Flax itself would drop what a dictionary of the target does not have.
+    """
+    children = _children(fields, target)
+    for expected, found in ((children, state), *((v, state.get(k)) for k, v in children.items())):
+        if isinstance(expected, dict) and expected.keys() != set(found or ()):
+            raise ValueError(
+                f"the target of the type {type(target).__name__} must have the names of the saved "
+                f"state, got {sorted(expected)} for {sorted(found or ())} at "
+                f"{serialization.current_path()}"
+            )
+    restored = {k: serialization.from_state_dict(v, state[k], k) for k, v in children.items()}
+    return type(target)(*restored.values())
+
+
+for _class, _fields in ((WeightedMean, ("total", "count")), (LossCollector, KINDS)):
+    serialization.register_serialization_state(
+        _class, functools.partial(_to_state, _fields), functools.partial(_from_state, _fields)
+    )

@@ -8,6 +8,7 @@ import pickle
 import chex
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -252,8 +253,36 @@ def test_a_collector_is_restored_from_a_checkpoint(tmp_path):
         checkpointer.save(tmp_path / "losses", losses)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "losses", jax.tree.map(jnp.zeros_like, losses))
+        plain = checkpointer.restore(tmp_path / "losses")
     assert isinstance(restored, jl.LossCollector)
     chex.assert_trees_all_equal(restored, losses)
+    # Who has no collector to restore into reads the names that are public.
+    expected = {
+        kind: {name: {"total": m.total, "count": m.count} for name, m in means.items()}
+        for kind in ("losses", "regularization_losses")
+        for means in [getattr(losses, kind)]
+    }
+    chex.assert_trees_all_equal(plain, expected)
+    shown = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(losses)]
+    assert ".losses['scalar'].total" in shown
+    assert ".regularization_losses['l2'].count" in shown
+
+
+@pytest.mark.parametrize("losses", [jl.LossCollector(), collector()], ids=["empty", "full"])
+def test_a_collector_passes_through_an_exported_program(losses):
+    """Also a WeightedMean, its leaves."""
+
+    def add(losses, x):
+        total = jax.tree.map(lambda leaf: leaf + x, losses)
+        return total, jl.compute_weighted_loss(jnp.stack([x, x]), reduction="parts")
+
+    saved = jax.export.export(jax.jit(add))(losses, 2.0).serialize()
+    loaded = jax.export.deserialize(saved).call(losses, 2.0)
+    assert isinstance(loaded[0], jl.LossCollector)
+    assert isinstance(loaded[1], jl.WeightedMean)
+    chex.assert_trees_all_equal(loaded, add(losses, jnp.float32(2)))
+    assert b"jaxlosses.LossCollector" in saved
+    assert b"jaxlosses._" not in saved  # No private module is named by what users keep.
 
 
 def test_regularizers_are_those_of_tensorflow():

@@ -1,5 +1,6 @@
 """Losses sown in linen and nnx, in all situations where Flax's own sow loses or doubles one."""
 
+import functools
 import warnings
 
 import chex
@@ -7,8 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
+from flax.training import train_state as train_state_lib
 
 import jaxlosses as jl
 import jaxlosses.flax as jlf
@@ -523,3 +526,47 @@ def test_linen_capture_does_not_collect_losses_of_an_earlier_apply():
 
     _, state = Sometimes().apply({}, X, True, mutable=COLLECTIONS)
     assert jlf.capture(Sometimes().apply)(state, X, False)[1].losses == {}
+
+
+STATES = {
+    "mean": jl.WeightedMean(jnp.float32(3), jnp.float32(2)),
+    "mean with axes": jl.WeightedMean(jnp.arange(3.0), jnp.ones(3)),
+    "empty": jl.LossCollector(),
+    "collector": jl.LossCollector()
+    .add_loss("encoder/xent", jl.WeightedMean(jnp.arange(3.0), jnp.ones(3)))
+    .add_loss("a", 2.0)
+    .add_regularization_loss("kernel$", 0.5),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_flax_saves_and_restores_the_pytrees(name):
+    class TrainState(train_state_lib.TrainState):
+        losses: object
+
+    train_state = functools.partial(
+        TrainState.create, apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.1)
+    )
+    value = STATES[name]
+    zeros = jax.tree.map(jnp.zeros_like, value)
+    for saved, target in (
+        (value, zeros),
+        ({"a": [value]}, {"a": [zeros]}),
+        (train_state(losses=value), train_state(losses=zeros)),
+    ):
+        restored = serialization.from_bytes(target, serialization.to_bytes(saved))
+        assert jax.tree.structure(restored) == jax.tree.structure(saved)
+        chex.assert_trees_all_equal(restored, saved)
+        state = serialization.to_state_dict(saved)
+        chex.assert_trees_all_equal(serialization.from_state_dict(target, state), saved)
+    assert not any(key.startswith("_") for key in serialization.to_state_dict(value))
+
+
+def test_flax_restores_no_losses_of_other_names():
+    losses = jl.LossCollector().add_loss("a", 1.0)
+    state = serialization.to_state_dict(losses)
+    for target in (jl.LossCollector(), losses.add_loss("b", 1.0), losses.losses["a"]):
+        with pytest.raises(ValueError, match=r"must have the names of the saved state.*at losses"):
+            serialization.from_state_dict(target, state, name="losses")
+    with pytest.raises(ValueError, match="must have the names of the saved state"):
+        serialization.from_state_dict(losses, {"losses": state["losses"]})
