@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from jaxlosses._kernel import reduce_losses
 from jaxlosses._mean import WeightedMean, exportable, psum, widen
 from jaxlosses._regularization import Regularizer, as_pattern, matching_parameters
-from jaxlosses._typing import as_floats
+from jaxlosses._typing import as_array, as_floats
 
 TOTAL = "total_loss"  # The name of the sum for loggers; no loss can have it.
 
@@ -115,7 +115,7 @@ class LossCollector:
 
         Raises:
             ValueError: if a pattern is not a regular expression, finds no parameter or is a name
-                already taken, or if a regularizer does not return a scalar.
+                already taken, or if a regularizer does not return a real scalar.
 
         Example:
             >>> import jax.numpy as jnp
@@ -133,12 +133,15 @@ class LossCollector:
         for pattern, regularizer in regularizers.items():
             if not callable(regularizer):
                 raise ValueError(f"the regularizer of {pattern!r} must be a function")
-            values = [regularizer(leaf) for leaf in matching_parameters(params, pattern)]
+            values = [
+                as_array(f"what the regularizer of {pattern!r} returns", regularizer(leaf))
+                for leaf in matching_parameters(params, pattern)
+            ]
             for value in values:
-                if jnp.shape(value):
+                if value.shape:
                     raise ValueError(
                         f"the regularizer of {pattern!r} must return a scalar, "
-                        f"got shape {jnp.shape(value)}"
+                        f"got shape {value.shape}"
                     )
             collector = collector.add_regularization_loss(pattern, sum(values))
         return collector

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from jaxlosses._typing import as_array
+
 T = TypeVar("T")
 
 
@@ -63,25 +65,30 @@ class WeightedMean:
 
     @property
     def value(self) -> Array:
-        """The mean, at least float32: ``total / count``, and 0 where the count is 0."""
-        return divide(self.total, self.count)
+        """The mean, at least float32: ``total / count``, and 0 where the count is 0.
+
+        Raises:
+            ValueError: if total or count is not a real array or number.
+        """
+        return divide(*_parts(self))
 
     def merge(self, other: WeightedMean) -> WeightedMean:
         """The mean over what both have counted; ``mean + other`` is the same.
 
         Raises:
-            ValueError: if ``other`` is not a ``WeightedMean`` of the same shape.
+            ValueError: if ``other`` is not a ``WeightedMean`` of the same shape, or if a total or
+                count is not a real array or number.
         """
         if not isinstance(other, WeightedMean):
             raise ValueError(
                 f"other must be a WeightedMean to be merged, got {type(other).__name__}"
             )
-        if jnp.shape(self.total) != jnp.shape(other.total):
+        (total, count), (other_total, other_count) = _parts(self), _parts(other)
+        if total.shape != other_total.shape:
             raise ValueError(
-                f"other must have the shape {jnp.shape(self.total)} to be merged, "
-                f"got {jnp.shape(other.total)}"
+                f"other must have the shape {total.shape} to be merged, got {other_total.shape}"
             )
-        return WeightedMean(jnp.add(self.total, other.total), jnp.add(self.count, other.count))
+        return WeightedMean(jnp.add(total, other_total), jnp.add(count, other_count))
 
     __add__ = merge
 
@@ -96,6 +103,16 @@ class WeightedMean:
             axis_name: The axis, or a tuple of axes, as for ``jax.lax.psum``.
         """
         return psum(self, axis_name)
+
+
+def _parts(mean: WeightedMean) -> tuple[Array, Array]:
+    """Total and count, checked where they are used: JAX puts other leaves into a pytree as well.
+
+    The sum of two booleans would be a boolean.
+    """
+    parts = as_array("WeightedMean.total", mean.total), as_array("WeightedMean.count", mean.count)
+    total, count = (x.astype(jnp.float32) if x.dtype == jnp.bool_ else x for x in parts)
+    return total, count
 
 
 def divide(total: ArrayLike, count: ArrayLike) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxlosses._regression import absolute_difference, mean_squared_error
-from jaxlosses._typing import check_number
+from jaxlosses._typing import as_array, check_number, checked_call
 
 Regularizer: TypeAlias = Callable[[ArrayLike], Array]
 
@@ -33,7 +34,8 @@ def l1_regularizer(scale: float) -> Regularizer:
         at 0 is 0.
 
     Raises:
-        ValueError: if ``scale`` is negative.
+        ValueError: if ``scale`` is negative. From the returned function: if ``w`` is not a real
+            array or number.
 
     References:
         ``tf.contrib.layers.l1_regularizer``, TensorFlow 1.15.
@@ -45,7 +47,7 @@ def l1_regularizer(scale: float) -> Regularizer:
         3.5
     """
     _check_scale(scale)
-    return lambda w: scale * absolute_difference(w, jnp.zeros_like(w), reduction="sum")
+    return _L1(scale)
 
 
 def l2_regularizer(scale: float) -> Regularizer:
@@ -60,7 +62,8 @@ def l2_regularizer(scale: float) -> Regularizer:
         A function of one array of any shape that returns a scalar, float32 at least.
 
     Raises:
-        ValueError: if ``scale`` is negative.
+        ValueError: if ``scale`` is negative. From the returned function: if ``w`` is not a real
+            array or number.
 
     References:
         ``tf.contrib.layers.l2_regularizer``, TensorFlow 1.15.
@@ -72,7 +75,39 @@ def l2_regularizer(scale: float) -> Regularizer:
         6.25
     """
     _check_scale(scale)
-    return lambda w: scale / 2 * mean_squared_error(w, jnp.zeros_like(w), reduction="sum")
+    return _L2(scale)
+
+
+# Classes, so that they can be pickled. Two of them are equal only if they are one: a traced scale
+# can be neither compared nor hashed.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _L1:
+    """See ``jaxlosses.l1_regularizer``."""
+
+    scale: float
+
+    @checked_call
+    def __call__(self, w: ArrayLike) -> Array:
+        w = as_array("w", w)
+        return self.scale * absolute_difference(w, jnp.zeros_like(w), reduction="sum")
+
+    def __repr__(self) -> str:
+        return f"l1_regularizer({self.scale})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _L2:
+    """See ``jaxlosses.l2_regularizer``."""
+
+    scale: float
+
+    @checked_call
+    def __call__(self, w: ArrayLike) -> Array:
+        w = as_array("w", w)
+        return self.scale / 2 * mean_squared_error(w, jnp.zeros_like(w), reduction="sum")
+
+    def __repr__(self) -> str:
+        return f"l2_regularizer({self.scale})"
 
 
 def matching_parameters(params: Any, pattern: str) -> list[Array]:

@@ -100,6 +100,21 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def checked_call(call: Callable[P, R]) -> Callable[P, R]:
+    """A method ``__call__`` that names its object, by its ``repr``, if it is called wrongly."""
+    signature = inspect.signature(call)
+
+    @functools.wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{args[0]!r} was called wrongly: {error}") from None
+        return call(*args, **kwargs)
+
+    return checked
+
+
 _LARGEST = float(np.finfo(np.float32).max)
 # Not ArrayLike, of which tracers are no instances in every JAX.
 _ARRAYS = (Array, np.ndarray, np.generic, bool, int, float, complex)

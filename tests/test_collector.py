@@ -80,14 +80,16 @@ def test_adding_a_loss_does_not_change_the_collector():
         first.losses = {}
     with pytest.raises(TypeError):
         first.losses["b"] = first.losses["a"]
-    chex.assert_trees_all_equal(pickle.loads(pickle.dumps(first)), first)
-    chex.assert_trees_all_equal(copy.deepcopy(first), first)
 
 
-@pytest.mark.parametrize("name", ["", "total_loss", None, 3])
+@pytest.mark.parametrize(
+    "name", ["", "total_loss", None, 3, True, 1.5, b"aux", ("a",), object(), jnp.float32]
+)
 def test_bad_names_are_refused(name):
     with pytest.raises(ValueError, match="name must be"):
         jl.LossCollector().add_loss(name, 1.0)
+    with pytest.raises(ValueError, match="name must be"):
+        jl.LossCollector().add_regularization_loss(name, 1.0)
 
 
 def test_a_name_that_is_taken_is_refused():
@@ -101,8 +103,14 @@ def test_a_name_that_is_taken_is_refused():
     "value", [None, "1", [1.0], jnp.ones(2, jnp.complex64), np.array("a"), np.array([None])]
 )
 def test_bad_values_are_refused(value):
-    with pytest.raises(ValueError, match="aux"):
-        jl.LossCollector().add_loss("aux", value)
+    for wrong, name in (
+        (value, "aux"),
+        (jl.WeightedMean(value, 1.0), "aux.total"),
+        (jl.WeightedMean(1.0, value), "aux.count"),
+    ):
+        for add in (jl.LossCollector().add_loss, jl.LossCollector().add_regularization_loss):
+            with pytest.raises(ValueError, match=rf"^{name} must be"):
+                add("aux", wrong)
 
 
 def test_a_count_of_another_shape_is_refused():
@@ -301,6 +309,35 @@ def test_regularizers_are_those_of_tensorflow():
         assert jax.jit(lambda s, r=regularizer: r(s)(w))(2.0) == regularizer(2.0)(w)
 
 
+def test_collectors_and_regularizers_can_be_pickled():
+    losses, w = collector(), jnp.array([1.0, -2.0])
+    for copied in (lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy, copy.copy):
+        assert jax.tree.structure(copied(losses)) == jax.tree.structure(losses)
+        chex.assert_trees_all_equal(copied(losses), losses)
+        assert repr(copied(losses)) == repr(losses)
+        for regularizer in (jl.l1_regularizer, jl.l2_regularizer):
+            for scale in (0.5, 2, jnp.float32(0.5)):
+                same = copied(regularizer(scale))
+                assert same(w) == regularizer(scale)(w)
+                assert repr(same) == f"{regularizer.__name__}({scale})"
+
+
+def test_regularizers_are_functions_to_every_transformation():
+    w = jnp.array([[1.0, -2.0], [0.0, 3.0]])
+    for regularizer in (jl.l1_regularizer, jl.l2_regularizer):
+        for scale in (0.5, jnp.float32(0.5)):
+            loss = regularizer(scale)
+            expected = jnp.stack([loss(row) for row in w])
+            for mapped in (jax.vmap(loss), jax.jit(jax.vmap(loss)), jax.vmap(jax.checkpoint(loss))):
+                chex.assert_trees_all_close(mapped(w), expected)
+        for arguments, options in (((), {}), ((w, w), {}), ((w,), {"scale": 1.0})):
+            with pytest.raises(TypeError, match=rf"^{regularizer.__name__}\(0.5\) was called"):
+                regularizer(0.5)(*arguments, **options)
+        for wrong in (None, "a", jnp.ones(2, jnp.complex64), jax.random.key(0)):
+            with pytest.raises(ValueError, match=r"^w must be"):
+                regularizer(0.5)(wrong)
+
+
 def test_a_pattern_is_searched_for_in_paths():
     patterns = {
         "kernel$": jl.l1_regularizer(1.0),
@@ -324,6 +361,9 @@ def test_patterns_and_regularizers_that_cannot_work_are_refused():
         empty.regularize(PARAMS, {"[": jl.l2_regularizer(1.0)})
     with pytest.raises(ValueError, match=r"'head' must return a scalar.*\(1, 1\)"):
         empty.regularize(PARAMS, {"head": jnp.abs})
+    for wrong in (None, "0.1", 1j, [1.0]):
+        with pytest.raises(ValueError, match="what the regularizer of 'head' returns must be"):
+            empty.regularize(PARAMS, {"head": lambda w, wrong=wrong: wrong})
     with pytest.raises(ValueError, match="regularizer of 'head' must be a function"):
         empty.regularize(PARAMS, {"head": 0.1})
     with pytest.raises(ValueError, match="regularizers must be a mapping"):
