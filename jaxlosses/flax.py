@@ -83,7 +83,7 @@ def sow_loss(
     mean = as_mean(name, value)
     if isinstance(module, nn.Module):
         if not module.is_initializing():
-            add = functools.partial(_Sown.add, run=_current_run())
+            add = functools.partial(_Sown.add, run=_current_run(module))
             module.sow(_COLLECTIONS[regularization], name, mean, reduce_fn=add, init_fn=_Sown)
     elif isinstance(module, nnx.Module):
         variable, captures = _VARIABLES[regularization], getattr(module, "__captures__", None)
@@ -246,8 +246,9 @@ class _Sown:
     """What a module holds under one name: a mean for each time that the loss was sown.
 
     ``run`` tells one call of ``apply`` from another. The variables may still hold the means of an
-    earlier call; these are dropped. All runs are equal to JAX, because it would trace a function
-    again for a pytree of another structure.
+    earlier call; these are dropped. To JAX all earlier runs are one, because it would trace a
+    function again for a pytree of another structure. The current run is another one, also in a
+    program of ``nn.jit`` that was traced in an earlier run.
     """
 
     means: tuple[WeightedMean, ...] = ()
@@ -256,38 +257,34 @@ class _Sown:
     def add(self, mean: WeightedMean, run: Any = None) -> _Sown:
         if not isinstance(self, _Sown):
             raise ValueError("name must not be one that the module also gives to its own sow")
-        return _Sown((*self.means, mean) if self.run == run else (mean,), run)
+        return _Sown((*self.means, mean) if self.run is run else (mean,), run)
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], _AnyRun]:
-        return (self.means,), _AnyRun(self.run)
+    def tree_flatten(self) -> tuple[tuple[Any, ...], bool]:
+        return (self.means,), self.run is not None and self.run is _current_run()
 
     @classmethod
-    def tree_unflatten(cls, run: _AnyRun, children: Any) -> _Sown:
-        return cls(children[0], run.run)
+    def tree_unflatten(cls, is_current: bool, children: Any) -> _Sown:
+        return cls(children[0], _current_run() if is_current else None)
+
+    def __reduce__(self) -> Any:
+        return _Sown, (self.means,)  # A copy belongs to no run.
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _AnyRun:
-    """A run that is equal to every other run."""
+def _current_run(*modules: nn.Module) -> Any:
+    """Something that is the same object throughout one ``apply`` (or ``bind``), and in no other.
 
-    run: Any
+    It is the dictionary of counters that Flax makes for each root scope. In lifted transformations
+    Flax rebuilds scopes and clones modules, but a copy of a root scope keeps this dictionary. Other
+    copies have no parent either and do not lead to their root. The module whose method called the
+    transformation does.
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _AnyRun)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-def _current_run() -> Any:
-    """Something that is the same throughout one call of linen's ``apply``, and in no other call.
-
-    It is the id of the outermost module, of which each call of ``apply`` makes a new one. Inside of
-    lifted transformations Flax rebuilds scopes and clones modules, so that no public attribute of
-    these leads to the outermost module.
+    Args:
+        modules: Where to look before the modules whose methods are being run.
     """
-    modules = linen_module._context.module_stack
-    return next((m._id for m in modules if m is not None), None)
+    for module in (*modules, *reversed(linen_module._context.module_stack)):
+        if module is not None and module.scope is not None and not module.scope.root.path:
+            return module.scope.root.rng_counters
+    return None
 
 
 def _sown_in(state: Any) -> Iterator[tuple[bool, str, Any]]:

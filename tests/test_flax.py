@@ -1,6 +1,8 @@
 """Losses sown in linen and nnx, in all situations where Flax's own sow loses or doubles one."""
 
+import copy
 import functools
+import pickle
 import warnings
 
 import chex
@@ -210,6 +212,177 @@ def test_linen_state_of_the_last_step_is_never_counted_again(module):
         chex.assert_trees_all_equal(jlf.collect(state), expected)
     _, eager = applied(module, {**variables, **state})
     chex.assert_trees_all_close(jlf.collect(eager), expected)
+
+
+def scan(function):
+    lifted = nn.scan(
+        lambda module, x, _: (function(module, x), None),
+        variable_axes={"losses": 0},
+        variable_broadcast="params",
+        split_rngs={"params": True},
+        length=1,
+    )
+    return lambda module, x: lifted(module, x, None)[0]
+
+
+def vmap(function):
+    lifted = nn.vmap(
+        function, variable_axes={"losses": 0, "params": None}, split_rngs={"params": False}
+    )
+    return lambda module, x: lifted(module, x[None])[0]
+
+
+LIFTS = {
+    "none": lambda f: f,
+    "remat": nn.remat,
+    "jit": nn.jit,
+    "scan": scan,
+    "vmap": vmap,
+    "scan of remat": lambda f: scan(nn.remat(f)),
+    "jit of vmap of scan": lambda f: nn.jit(vmap(scan(f))),
+    "cond": lambda f: lambda module, x: nn.cond(True, f, f, module, x),
+    "switch": lambda f: lambda module, x: nn.switch(0, [f, f], module, x),
+    "map_variables": lambda f: nn.map_variables(f, "params", mutable=True),
+    "custom_vjp": lambda f: nn.custom_vjp(f, lambda m, x: (f(m, x), ()), lambda *a: a[-2:]),
+    "vjp": lambda f: lambda module, x: nn.vjp(f, module, x, vjp_variables="params")[0],
+    "jvp": lambda f: lambda module, x: nn.jvp(f, module, (x,), (x,), variable_tangents={})[0],
+    "metadata": lambda f: nn.add_metadata_axis(f, variable_axes={"params": 0}),
+}
+
+
+class Sows(nn.Module):
+    """A loss, sown twice, within a lifted transformation of this module or of a child."""
+
+    lift: str = "none"
+    child: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        def run(module, x):
+            if self.child:
+                return module(x)
+            jlf.sow_loss(module, "aux", x)
+            jlf.sow_loss(module, "aux", 2 * x)
+            return 2 * x
+
+        return LIFTS[self.lift](run)(Sows(name="child") if self.child else self, x)
+
+
+class Nests(nn.Module):
+    """Other modules, fed with their own states, in a lifted transformation of this module."""
+
+    lift: str
+    inner: str
+    bind: bool
+
+    @nn.compact
+    def __call__(self, x):
+        def losses_of(state, x):
+            module = Sows(self.inner, child=self.inner == "scan")
+            if not self.bind:
+                return module.apply(state, x, mutable=COLLECTIONS)[1]
+            bound = module.bind(state, mutable=COLLECTIONS)
+            bound(x)
+            return bound.variables
+
+        def run(module, x):
+            jlf.sow_loss(module, "own", x)
+            state = {}
+            for _ in range(2):
+                state = losses_of(state, x)
+                jlf.sow_loss(module, "own", jlf.collect(state).get_total_loss())
+                # As a transformation of the outer module does with what passes through it.
+                state = jax.tree.map(lambda leaf: leaf, state)
+            return jlf.collect(losses_of(state, x)).get_total_loss()
+
+        return LIFTS[self.lift](run)(self, x)
+
+
+@pytest.mark.parametrize("child", [False, True])
+@pytest.mark.parametrize("lift", LIFTS)
+def test_linen_sows_the_same_in_every_lifted_transformation(lift, child):
+    state, module, one = {}, Sows(lift, child), jnp.float32(1)
+    for jit in (False, False, True, True):
+        apply = functools.partial(module.apply, mutable=COLLECTIONS)
+        for variables in ({}, state):
+            _, state = (jax.jit(apply) if jit else apply)(variables, one)
+            (found,) = jlf.collect(state).get_losses().values()
+            np.testing.assert_array_equal(jnp.ravel(found), [1, 2])
+
+
+@pytest.mark.parametrize("bind", [False, True])
+@pytest.mark.parametrize("inner", ["none", "jit", "scan"])
+@pytest.mark.parametrize("lift", LIFTS)
+def test_linen_inner_runs_replace_their_own_losses(lift, inner, bind):
+    one, state = jnp.float32(1), {}
+    for _ in range(2):
+        total, state = Nests(lift, inner, bind).apply(state, one, mutable=COLLECTIONS)
+        assert total == 3
+        own = jlf.collect(state).get_losses()["own"]
+        np.testing.assert_array_equal(jnp.ravel(own), [1, 3, 3])
+
+
+def test_linen_inner_runs_replace_their_own_losses_within_a_loop():
+    """A ``while_loop`` cannot carry losses that are sown, but its body may run other modules."""
+
+    class Loop(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def body(module, carry):
+                i, _ = carry
+                _, state = Sows().apply({}, x, mutable=COLLECTIONS)
+                _, state = Sows().apply(state, x, mutable=COLLECTIONS)
+                return i + 1, jlf.collect(state).get_total_loss()
+
+            return nn.while_loop(lambda module, carry: carry[0] < 2, body, self, (0, 0.0))
+
+    assert Loop().apply({}, jnp.float32(1), mutable=COLLECTIONS)[0] == (2, 3)
+
+
+def test_linen_methods_that_are_jitted_lose_no_loss_of_other_methods():
+    """A program of ``nn.jit`` is traced in one run and used in the next."""
+
+    class Methods(nn.Module):
+        @nn.jit
+        def jitted(self):
+            jlf.sow_loss(self, "aux", 1.0)
+
+        def __call__(self, *calls):
+            for jitted in calls:
+                if jitted:
+                    self.jitted()
+                else:
+                    jlf.sow_loss(self, "aux", 10.0)
+
+    module, state = Methods(), {}
+    for calls in ([1, 0], [1, 0], [0, 1], [1], [0, 1], [1, 1], [0, 1, 1, 0], [1, 0, 1]):
+        expected = [1.0 if jitted else 10.0 for jitted in calls]
+        for variables in ({}, state):
+            _, state = module.apply(variables, *calls, mutable=COLLECTIONS)
+            np.testing.assert_array_equal(
+                jnp.ravel(jlf.collect(state).get_losses()["aux"]), expected
+            )
+
+
+def test_linen_bound_modules_are_one_run_until_they_are_bound_again():
+    one = jnp.float32(1)
+    bound = Sows().bind({}, mutable=COLLECTIONS)
+    bound(one)
+    jlf.sow_loss(bound, "aux", 5.0)  # Outside of its methods.
+    bound(one)
+    np.testing.assert_array_equal(jlf.collect(bound.variables).get_losses()["aux"], [1, 2, 5, 1, 2])
+    again = Sows().bind(bound.variables, mutable=COLLECTIONS)
+    jlf.sow_loss(again, "aux", 7.0)
+    assert jlf.collect(again.variables).get_total_loss() == 7
+
+
+def test_linen_state_can_be_copied():
+    one = jnp.float32(1)
+    _, state = Sows().apply({}, one, mutable=COLLECTIONS)
+    for same in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
+        chex.assert_trees_all_equal(jlf.collect(same), jlf.collect(state))
+        _, again = Sows().apply(same, one, mutable=COLLECTIONS)
+        chex.assert_trees_all_equal(jlf.collect(again), jlf.collect(state))
 
 
 def test_linen_gradients_flow_through_capture():
