@@ -10,8 +10,10 @@ Once this module is imported, ``flax.serialization`` saves and restores the pack
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -40,6 +42,9 @@ class RegularizationLoss(nnx.Variable):
 _COLLECTIONS = {False: "losses", True: "regularization_losses"}
 _VARIABLES: dict[bool, type[nnx.Variable]] = {False: Loss, True: RegularizationLoss}
 
+# Whether a function is being captured: then a module of nnx must be seen by the capture to sow.
+_is_capturing = contextvars.ContextVar("_is_capturing", default=False)
+
 
 def sow_loss(
     module: nn.Module | nnx.Module,
@@ -63,7 +68,8 @@ def sow_loss(
 
     Raises:
         ValueError: if ``module`` is not a Flax module, the name is empty, has a ``/`` or is taken,
-            or the value is not a real array or number.
+            or the value is not a real array or number; or within :func:`capture`, if ``module`` is
+            not among the arguments.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -95,6 +101,12 @@ def sow_loss(
             )
         if captures is not None:  # Outside of a capture, Flax's sow would warn.
             module.sow(variable, name, mean, reduce_fn=_Sown.add, init_fn=_Sown)
+        elif _is_capturing.get():
+            raise ValueError(
+                f"module {type(module).__name__} sows {name!r} within capture, but is not among "
+                f"the arguments of the captured function, so that the loss would be lost; give the "
+                f"module to the function as an argument, or in a list or another pytree"
+            )
     else:
         raise ValueError(f"module must be a Flax module, got {type(module).__name__}")
 
@@ -159,19 +171,22 @@ def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., An
     """Run a function and collect the losses that its module sows.
 
     Args:
-        fn: An nnx module, a method of one, or a function that has nnx modules among its arguments
-            (if there are several, names begin with the module's number: ``0/layer/loss``). Or the
-            method ``apply`` of a linen module; then the collections of losses are made mutable and
-            start empty.
+        fn: An nnx module, a method of one, or a function of nnx modules, which may stand anywhere
+            in its arguments: in pytrees, dataclasses and ``functools.partial``. Or the method
+            ``apply`` of a linen module; then the collections of losses are made mutable and start
+            empty.
         expected: As in :func:`collect`.
 
     Returns:
-        A function of the same arguments that returns ``(fn(*args), LossCollector)``. If ``fn``
-        raises an error, it leaves nothing on the modules.
+        A function of the same arguments that returns ``(fn(*args), LossCollector)``. Of a single
+        nnx module, names are paths in it. If there are several, they begin with the module's number
+        in the order of the arguments (in a dictionary, of sorted keys): ``0/layer/loss``. A module
+        that is given twice is one module. If ``fn`` raises an error, it leaves nothing on them.
 
     Raises:
-        ValueError: if there is no module to collect from, if a module is within a capture already,
-            or as :func:`collect`.
+        ValueError: if ``fn`` is not a function, if there is no module to collect from, if a module
+            is within a capture already, if a module of nnx sows that is not among the arguments (a
+            function closes over it, or makes it), or as :func:`collect`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -186,19 +201,45 @@ def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., An
         [2. 2. 2.] 1.0
     """
     expected = _check_expected(expected)
-    owner = fn if isinstance(fn, nnx.Module) else getattr(fn, "__self__", None)
+    if not callable(fn):
+        raise ValueError(f"fn must be a function or a module that can be called, got {fn!r}")
 
     @functools.wraps(fn, updated=())  # Do not copy the attributes of a module.
     def captured(*args: Any, **kwargs: Any) -> tuple[Any, LossCollector]:
-        if isinstance(owner, nn.Module):
-            result, *states = _apply(fn, *args, **kwargs)
+        function = fn
+        while isinstance(function, functools.partial):
+            args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
+            function = function.func
+        if isinstance(getattr(function, "__self__", None), nn.Module):
+            result, *states = _apply(function, *args, **kwargs)
         else:
-            arguments = (owner, *args, *kwargs.values())
-            modules = tuple(a for a in arguments if isinstance(a, nnx.Module))
-            result, *states = _capture(modules, fn, *args, **kwargs)
+            modules = _modules_in([function, *args, *kwargs.values()])
+            result, *states = _capture(modules, function, *args, **kwargs)
         return result, _collect(itertools.chain(*map(_sown_in, states)), expected)
 
     return captured
+
+
+def _modules_in(tree: Any) -> tuple[nnx.Module, ...]:
+    """All modules of nnx in a pytree, each once; Flax itself finds the modules within these."""
+    modules, seen = [], set()
+
+    def visit(tree: Any) -> None:
+        for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Module)):
+            if id(leaf) in seen:
+                continue
+            seen.add(id(leaf))
+            if isinstance(leaf, nnx.Module):
+                modules.append(leaf)
+            elif isinstance(leaf, functools.partial):
+                visit((leaf.func, leaf.args, leaf.keywords))
+            elif inspect.ismethod(leaf):
+                visit(leaf.__self__)
+            elif dataclasses.is_dataclass(leaf):
+                visit([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
+
+    visit(tree)
+    return tuple(modules)
 
 
 def _apply(
@@ -231,10 +272,12 @@ def _capture(modules: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
                 f"module {type(module).__name__} is being captured already, or an earlier "
                 f"nnx.capture failed and left its captures there; capture once, around everything"
             )
+    outer = _is_capturing.set(True)
     try:
         run = nnx.capture(lambda _: fn(*args, **kwargs), Loss, RegularizationLoss)
         return run(modules[0] if len(modules) == 1 else modules)
     finally:
+        _is_capturing.reset(outer)
         for _, module in nnx.iter_modules(modules):
             if hasattr(module, "__captures__"):
                 del module.__captures__

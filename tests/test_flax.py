@@ -1,6 +1,8 @@
 """Losses sown in linen and nnx, in all situations where Flax's own sow loses or doubles one."""
 
+import collections
 import copy
+import dataclasses
 import functools
 import pickle
 import warnings
@@ -573,9 +575,145 @@ def test_nnx_capture_takes_a_function_a_method_or_a_module():
         chex.assert_trees_all_equal(losses, found[0])
     several = jlf.capture(lambda x, m, other: other(m(x)))(X, model, Layer())[1]
     assert {"0/layers/0/square", "0/layers/1/square", "1/square"} < set(several.losses)
+    for wrong in (None, 3, nnx.Module()):
+        with pytest.raises(
+            ValueError, match="fn must be a function or a module that can be called"
+        ):
+            jlf.capture(wrong)
     for fn, args in ((lambda x: model(x), (X,)), (jnp.sum, (X,)), (lambda: None, ())):
         with pytest.raises(ValueError, match="fn must be an nnx module"):
             jlf.capture(fn)(*args)
+
+
+@dataclasses.dataclass
+class Bundle:
+    """No pytree."""
+
+    a: object
+    others: object
+    unset: object = dataclasses.field(init=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TreeBundle:
+    a: object
+    others: object
+
+
+class Holder(nnx.Pytree):
+    """A pytree of nnx that is no module, as an optimizer that holds its model."""
+
+    def __init__(self, a, others):
+        self.a, (self.b,) = a, others
+
+
+NamedBundle = collections.namedtuple("NamedBundle", ("a", "others"))
+# Ways to give modules a and b to a function of pytrees: what to capture and its arguments.
+WAYS = {
+    "arguments": lambda f, a, b: (f, (a, b), {}),
+    "keywords": lambda f, a, b: (f, (), {"z": a, "b": b}),
+    "tuple": lambda f, a, b: (f, (a, (b,)), {}),
+    "lists": lambda f, a, b: (f, ([[a], [None, [b]]],), {}),
+    "dict": lambda f, a, b: (f, ({"y": b, "x": a},), {}),
+    "keyword of a list": lambda f, a, b: (f, (a,), {"others": [X, b]}),
+    "namedtuple": lambda f, a, b: (f, (NamedBundle(a, [b]),), {}),
+    "dataclass": lambda f, a, b: (f, (Bundle(a, [b]),), {}),
+    "registered dataclass": lambda f, a, b: (f, (TreeBundle(a, [b]),), {}),
+    "nnx pytree": lambda f, a, b: (f, (Holder(a, [b]),), {}),
+    "partial": lambda f, a, b: (functools.partial(f, a), (b,), {}),
+    "partial of keywords": lambda f, a, b: (functools.partial(f, a, others={"b": b}), (), {}),
+    "partial of a partial": lambda f, a, b: (
+        functools.partial(jax.tree_util.Partial(f, a), others=[b]),
+        (),
+        {},
+    ),
+    "partial as an argument": lambda f, a, b: (f, (functools.partial(f, a), [b]), {}),
+    "method as an argument": lambda f, a, b: (f, (a.__call__, b.__call__), {}),
+    "twice": lambda f, a, b: (f, ([a, b], b, {"a": a}), {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nnx_capture_sees_modules_wherever_they_are_in_the_arguments(way):
+    a, b = Layers(), Layer()
+
+    def call(*args, **kwargs):
+        return b(a(X))
+
+    fn, args, kwargs = WAYS[way](call, a, b)
+    y, losses = jlf.capture(fn, expected=["0/layers/1/square", "1/square"])(*args, **kwargs)
+    expected_y, expected = jlf.capture(lambda a, b: b(a(X)))(a, b)
+    chex.assert_trees_all_equal((y, losses), (expected_y, expected))
+    assert set(losses.losses) == {
+        f"{n}/{k}" for n in ("0/layers/0", "0/layers/1", "1") for k in ("square", "masked")
+    }
+    for module in (a, b):
+        assert not any(hasattr(m, "__captures__") for _, m in nnx.iter_modules(module))
+
+
+@pytest.mark.parametrize(
+    "ways", [lambda a: (a, a), lambda a: ([a], {"a": a}), lambda a: (Bundle(a, a), a.__call__)]
+)
+def test_nnx_module_given_twice_is_one_module(ways):
+    a = Layers()
+    expected = jlf.capture(a)(X)[1]
+    chex.assert_trees_all_equal(jlf.capture(lambda *_: a(X))(*ways(a))[1], expected)
+
+
+def test_nnx_dataclass_may_refer_to_itself():
+    bundle = Bundle(Layers(), None)
+    bundle.others = [bundle]
+    losses = jlf.capture(lambda bundle: bundle.others[0].a(X))(bundle)[1]
+    chex.assert_trees_all_equal(losses, jlf.capture(bundle.a)(X)[1])
+
+
+GLOBAL = Layer()
+
+
+def test_nnx_losses_that_capture_cannot_see_are_refused():
+    """Not those of modules that sow nothing, whatever a function closes over."""
+    model, other, silent = Layers(), Layer(), nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+    class Plain:
+        layer = other
+
+    class Method:
+        def method(self, model):
+            return other(model(X))
+
+    expected = jlf.capture(lambda model: silent(model(X)))(model)[1]
+    chex.assert_trees_all_equal(expected, jlf.capture(model)(X)[1])
+    for fn in (
+        lambda model: other(model(X)),
+        lambda model: GLOBAL(model(X)),
+        lambda model, plain=Plain: plain.layer(model(X)),
+        lambda model: Layer()(model(X)),
+        lambda model: nnx.jit(lambda: other(X))(),
+        lambda model: jax.tree.map(lambda _: other(X), [1]),
+        Method().method,
+    ):
+        with pytest.raises(
+            ValueError, match=r"module Layer sows 'square' within capture.*argument"
+        ):
+            jlf.capture(fn)(model)
+        jlf.capture(model)(X)
+    # Within a capture another one may run; outside of all, nothing happens.
+    both = jlf.capture(lambda model: jlf.capture(other)(model(X))[1])(model)
+    assert set(both[0].losses) == {"square", "masked"}
+    assert set(both[1].losses) == set(expected.losses)
+    other(X)
+
+
+def test_linen_capture_takes_a_partial():
+    variables = Encoder().init(jax.random.key(0), X)
+    expected = jlf.capture(Encoder().apply)(variables, X)
+    for fn, args in (
+        (functools.partial(Encoder().apply), (variables, X)),
+        (functools.partial(Encoder().apply, variables), (X,)),
+        (functools.partial(Encoder().apply, mutable=False), (variables, X)),
+    ):
+        chex.assert_trees_all_equal(jlf.capture(fn)(*args), expected)
 
 
 def test_nnx_capture_leaves_nothing_on_a_module_when_it_fails():
