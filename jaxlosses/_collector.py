@@ -314,9 +314,13 @@ def _line(name: str, value: Array, count: Array) -> tuple[str, str, str]:
 
 
 def _is_concrete(mean: WeightedMean) -> bool:
-    """Whether it holds arrays with values: no tracers, nor other leaves from ``jax.tree.map``."""
-    parts = (mean.total, mean.count)
-    return all(isinstance(x, Array | np.ndarray) and not isinstance(x, Tracer) for x in parts)
+    """Whether it holds real numbers: no tracers, nor other leaves from ``jax.tree.map``."""
+    return all(
+        isinstance(x, Array | np.ndarray)
+        and not isinstance(x, Tracer)
+        and any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+        for x in (mean.total, mean.count)
+    )
 
 
 def _show(mean: WeightedMean) -> str:

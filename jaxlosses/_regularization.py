@@ -180,6 +180,9 @@ def _flax_class(module: str, name: str) -> Any:
 def _check_scale(scale: float) -> None:
     """``ValueError`` if ``scale`` is not a number that can be a factor."""
     # A scale may be traced (it may follow a schedule), and then has no value to check.
-    if not isinstance(scale, Tracer):
-        is_array = isinstance(scale, Array | np.ndarray) and scale.ndim == 0
-        check_number("scale", float(scale) if is_array else scale)
+    if isinstance(scale, Tracer):
+        return
+    if isinstance(scale, Array | np.ndarray) and scale.ndim == 0:
+        as_array("scale", scale)
+        scale = scale.item()
+    check_number("scale", scale)

@@ -399,5 +399,8 @@ def _from_state(fields: tuple[str, ...], target: Any, state: dict[str, Any]) -> 
 
 for _class, _fields in ((WeightedMean, ("total", "count")), (LossCollector, KINDS)):
     serialization.register_serialization_state(
-        _class, functools.partial(_to_state, _fields), functools.partial(_from_state, _fields)
+        _class,
+        functools.partial(_to_state, _fields),
+        functools.partial(_from_state, _fields),
+        override=True,  # This module may be reloaded.
     )

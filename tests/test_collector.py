@@ -229,7 +229,16 @@ def test_repr_shows_values_or_what_stands_in_their_place():
     jax.jit(lambda x: seen.append(str(collector(x))))(2.0)
     assert "encoder/layers: float32[2]" in seen[-1]
     assert "scalar: object" in repr(jax.tree.map(lambda _: "object", collector())).replace("'", "")
-    for leaf in (None, jnp.float32, jnp.dtype("float32"), jax.ShapeDtypeStruct((), jnp.float32)):
+    for leaf in (
+        None,
+        jnp.float32,
+        jnp.dtype("float32"),
+        jax.ShapeDtypeStruct((), jnp.float32),
+        jnp.complex64(1),
+        jax.random.key(0),
+        np.array("a"),
+        PartitionSpec("data"),
+    ):
         mapped = jax.tree.map(lambda _, leaf=leaf: leaf, collector())
         assert repr(mapped) == str(mapped)
 
@@ -303,10 +312,13 @@ def test_regularizers_are_those_of_tensorflow():
         assert regularizer(1.0)(w.astype(jnp.bfloat16)).dtype == jnp.float32
         with pytest.raises(ValueError, match=r"scale.*-1"):
             regularizer(-1.0)
-        with pytest.raises(ValueError, match="scale"):
-            regularizer(jnp.ones(2))
+        for wrong in (jnp.ones(2), jnp.complex64(1), np.array("a"), np.array(True), "1", None):
+            with pytest.raises(ValueError, match=r"^scale must be"):
+                regularizer(wrong)
         assert regularizer(jnp.float32(2))(w) == regularizer(2.0)(w)
         assert jax.jit(lambda s, r=regularizer: r(s)(w))(2.0) == regularizer(2.0)(w)
+        for scale in (np.array(2.0), jnp.float32(2)):
+            assert jax.jit(lambda r=regularizer, s=scale: r(s)(w))() == regularizer(2.0)(w)
 
 
 def test_collectors_and_regularizers_can_be_pickled():
