@@ -38,7 +38,8 @@ class LossCollector:
 
     It is immutable: every method returns a new collector. It is a pytree, whose leaves are totals
     and counts and whose structure is the names, so it passes through ``jit``, ``grad``, ``scan``,
-    ``cond`` and ``vmap``, and into checkpoints. The sum of collectors (of microbatches, batches or
+    ``cond`` and ``vmap``, through ``jax.export`` and into checkpoints (of ``flax.serialization``
+    once ``jaxlosses.flax`` is imported). The sum of collectors (of microbatches, batches or
     devices) has the exact mean of each loss over all of them; ``sum(collectors)`` works, and a
     ``scan`` starts from ``jax.tree.map(jnp.zeros_like, losses)``.
 

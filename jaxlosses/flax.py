@@ -213,32 +213,39 @@ def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., An
         if isinstance(getattr(function, "__self__", None), nn.Module):
             result, *states = _apply(function, *args, **kwargs)
         else:
-            modules = _modules_in([function, *args, *kwargs.values()])
+            modules = _modules_in(function, *args, *kwargs.values())
             result, *states = _capture(modules, function, *args, **kwargs)
         return result, _collect(itertools.chain(*map(_sown_in, states)), expected)
 
     return captured
 
 
-def _modules_in(tree: Any) -> tuple[nnx.Module, ...]:
-    """All modules of nnx in a pytree, each once; Flax itself finds the modules within these."""
+def _modules_in(*trees: Any) -> tuple[nnx.Module, ...]:
+    """All modules of nnx in pytrees, each once; Flax itself finds the modules within these."""
     modules, seen = [], set()
 
-    def visit(tree: Any) -> None:
-        for leaf in jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Module)):
-            if id(leaf) in seen:
-                continue
-            seen.add(id(leaf))
-            if isinstance(leaf, nnx.Module):
-                modules.append(leaf)
-            elif isinstance(leaf, functools.partial):
-                visit((leaf.func, leaf.args, leaf.keywords))
-            elif inspect.ismethod(leaf):
-                visit(leaf.__self__)
-            elif dataclasses.is_dataclass(leaf):
-                visit([getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)])
+    def visit(*trees: Any) -> None:
+        for tree in trees:
+            try:
+                leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Module))
+            except ValueError:
+                continue  # The keys of a dictionary cannot be sorted, so that it is no pytree.
+            for leaf in leaves:
+                if id(leaf) not in seen:
+                    seen.add(id(leaf))
+                    enter(leaf)
 
-    visit(tree)
+    def enter(leaf: Any) -> None:
+        if isinstance(leaf, nnx.Module):
+            modules.append(leaf)
+        elif isinstance(leaf, functools.partial):
+            visit(leaf.func, *leaf.args, *leaf.keywords.values())
+        elif inspect.ismethod(leaf):
+            visit(leaf.__self__)
+        elif dataclasses.is_dataclass(leaf):
+            visit(*(getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)))
+
+    visit(*trees)
     return tuple(modules)
 
 

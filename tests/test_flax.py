@@ -661,6 +661,24 @@ def test_nnx_module_given_twice_is_one_module(ways):
     chex.assert_trees_all_equal(jlf.capture(lambda *_: a(X))(*ways(a))[1], expected)
 
 
+def test_nnx_other_arguments_are_left_alone():
+    model = Layers()
+    expected = jlf.capture(model)(X)
+    for other in (
+        {1: X, "a": X},
+        {"a": {1: 2, None: 3}},
+        Bundle,
+        jnp.sum,
+        "a",
+        nnx.Rngs(0),
+        model.layers[0].kernel,
+    ):
+        found = jlf.capture(lambda model, x, other, **_: model(x))(model, X, other, option=other)
+        chex.assert_trees_all_equal(found, expected)
+    with pytest.raises(ValueError, match="Layer sows 'square' within capture"):
+        jlf.capture(lambda model, others: others[1](model(X)))(model, {1: Layer(), "a": 2})
+
+
 def test_nnx_dataclass_may_refer_to_itself():
     bundle = Bundle(Layers(), None)
     bundle.others = [bundle]
