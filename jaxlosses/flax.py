@@ -68,8 +68,9 @@ def sow_loss(
 
     Raises:
         ValueError: if ``module`` is not a Flax module, the name is empty, has a ``/`` or is taken,
-            or the value is not a real array or number; or within :func:`capture`, if ``module`` is
-            not among the arguments.
+            or the value is not a real array or number; within :func:`capture`, if ``module`` is not
+            among the arguments; and if a part of a module of linen that is bound (``bind``) is in a
+            lifted transformation, outside of all methods.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -88,9 +89,17 @@ def sow_loss(
         raise ValueError(f"name must be a non-empty string without '/', got {name!r}")
     mean = as_mean(name, value)
     if isinstance(module, nn.Module):
-        if not module.is_initializing():
-            add = functools.partial(_Sown.add, run=_current_run(module))
-            module.sow(_COLLECTIONS[regularization], name, mean, reduce_fn=add, init_fn=_Sown)
+        collection = _COLLECTIONS[regularization]
+        if not module.is_initializing() and module.is_mutable_collection(collection):
+            run = _current_run(module)
+            if run is None:
+                raise ValueError(
+                    f"{name} cannot be sown in a lifted transformation of a part of a bound module "
+                    f"that no method has called, because losses of earlier runs could not be told "
+                    f"from those of this one; call the transformation in a method"
+                )
+            add = functools.partial(_Sown.add, run=run)
+            module.sow(collection, name, mean, reduce_fn=add, init_fn=_Sown)
     elif isinstance(module, nnx.Module):
         variable, captures = _VARIABLES[regularization], getattr(module, "__captures__", None)
         others = (sown for sown in captures or () if type(sown) is not variable)

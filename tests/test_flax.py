@@ -378,6 +378,23 @@ def test_linen_bound_modules_are_one_run_until_they_are_bound_again():
     assert jlf.collect(again.variables).get_total_loss() == 7
 
 
+def test_linen_runs_that_cannot_be_told_apart_are_refused():
+    one = jnp.float32(1)
+
+    class Part(nn.Module):
+        def setup(self):
+            self.part = Sows()
+
+    def call(module, x):
+        return module(x)
+
+    part = Part().bind({}, mutable=COLLECTIONS).part
+    part(one)
+    with pytest.raises(ValueError, match="aux cannot be sown in a lifted transformation of a part"):
+        nn.remat(call)(part, one)
+    assert nn.remat(call)(Part().bind({}).part, one) == 2  # Nothing is sown.
+
+
 def test_linen_state_can_be_copied():
     one = jnp.float32(1)
     _, state = Sows().apply({}, one, mutable=COLLECTIONS)
