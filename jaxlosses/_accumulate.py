@@ -7,6 +7,8 @@ padded with rows of weight zero, which change no mean.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from jax import Array
 
 from jaxlosses._collector import LossCollector
 from jaxlosses._mean import WeightedMean, widen
-from jaxlosses._typing import check_integer
+from jaxlosses._typing import as_array, check_integer, checked_call, is_float
 
 
 def accumulate_value_and_grad(
@@ -49,18 +51,20 @@ def accumulate_value_and_grad(
         has_aux: Whether ``loss_fn`` returns a pair.
 
     Returns:
-        A function of ``(params, batch)``, pytrees of arrays, those of the batch with one leading
-        axis. It returns ``((total, losses), grads)``, or with ``has_aux`` ``((total, (losses,
-        aux)), grads)``, where ``aux`` is that of all microbatches, stacked. The total is
-        ``losses.get_total_loss()`` of the whole batch. Gradients have the dtypes of the parameters
-        and are summed in float32 at least.
+        A function of ``(params, batch)``, pytrees of arrays: floating-point parameters, and numbers
+        or keys (``jax.random.key``) with one leading axis. It returns ``((total, losses), grads)``,
+        or with ``has_aux`` ``((total, (losses, aux)), grads)``, where ``aux`` is that of all
+        microbatches, stacked. The total is ``losses.get_total_loss()`` of the whole batch.
+        Gradients have the dtypes of the parameters and are summed in float32 at least. The function
+        can be pickled if ``loss_fn`` can.
 
     Raises:
-        ValueError: if ``num_microbatches`` is not a positive integer. The returned function raises
-            it if the leading axes of the batch differ or are not a multiple of
-            ``num_microbatches``, if ``loss_fn`` does not return a ``LossCollector`` (with
-            ``has_aux``, a pair), or if a loss has an axis over the rows of the batch, so that the
-            microbatches cannot be added up.
+        ValueError: if ``loss_fn`` is not a function or ``num_microbatches`` not a positive integer.
+            The returned function raises it if a parameter is not real and floating-point, if the
+            batch holds other than numbers and keys, if its leading axes differ or are not a
+            multiple of ``num_microbatches``, if ``loss_fn`` does not return a ``LossCollector``
+            (with ``has_aux``, a pair), or if a loss has an axis over the rows of the batch, so that
+            the microbatches cannot be added up.
 
     Example:
         >>> import jax.numpy as jnp
@@ -74,25 +78,32 @@ def accumulate_value_and_grad(
         >>> print(total, grad.round(2))  # 5 / 3 and 16 / 3
         1.6666666 5.33
     """
+    if not callable(loss_fn):
+        raise ValueError(f"loss_fn must be a function, got {loss_fn!r}")
     if check_integer("num_microbatches", num_microbatches) < 1:
         raise ValueError(f"num_microbatches must be positive, got {num_microbatches}")
+    return _ValueAndGrad(loss_fn, num_microbatches, has_aux)
 
-    def split_aux(result: Any) -> tuple[LossCollector, Any]:
-        """The losses and the aux of what ``loss_fn`` returned."""
-        if has_aux and not (isinstance(result, tuple) and len(result) == 2):
-            raise ValueError(
-                f"loss_fn must return a pair (losses, aux), got {type(result).__name__}"
-            )
-        losses, aux = result if has_aux else (result, ())
-        if not isinstance(losses, LossCollector):
-            raise ValueError(f"loss_fn must return a LossCollector, got {type(losses).__name__}")
-        return losses, aux
 
-    def value_and_grad(params: Any, batch: Any) -> tuple[tuple[Array, Any], Any]:
-        microbatches = _split(batch, num_microbatches)
+@dataclasses.dataclass(eq=False)
+class _ValueAndGrad:
+    """See ``accumulate_value_and_grad``. It can be pickled if the loss function can."""
+
+    loss_fn: Callable[..., Any]
+    num_microbatches: int
+    has_aux: bool
+
+    def __post_init__(self) -> None:
+        # As of jax.value_and_grad's result, tools read its name and source.
+        functools.update_wrapper(self, self.loss_fn, updated=())
+
+    @checked_call
+    def __call__(self, params: Any, batch: Any) -> tuple[tuple[Array, Any], Any]:
+        _check_params(params)
+        microbatches = _split(batch, self.num_microbatches)
 
         def count(_: None, microbatch: Any) -> tuple[None, LossCollector]:
-            losses, _ = split_aux(loss_fn(params, microbatch))
+            losses, _ = self._losses_and_aux(params, microbatch)
             return None, _with_totals(losses, jax.tree.map(jnp.zeros_like, losses))
 
         _, counts = jax.lax.scan(count, None, microbatches)
@@ -100,11 +111,11 @@ def accumulate_value_and_grad(
         if any(leaf.ndim for leaf in jax.tree.leaves(batch_counts)):
             # A loss whose axis is the rows has other shapes for the whole batch. To merge them
             # raises an error that names the loss.
-            full = jax.eval_shape(lambda *a: split_aux(loss_fn(*a))[0], params, batch)
+            full = jax.eval_shape(lambda *a: self._losses_and_aux(*a)[0], params, batch)
             jax.eval_shape(LossCollector.merge, batch_counts, full)
 
         def part_of_total(params: Any, microbatch: Any) -> tuple[Array, tuple[LossCollector, Any]]:
-            losses, aux = split_aux(loss_fn(params, microbatch))
+            losses, aux = self._losses_and_aux(params, microbatch)
             return _with_totals(batch_counts, losses).get_total_loss(), (losses, aux)
 
         def add(sums: Any, microbatch: Any) -> tuple[Any, tuple[LossCollector, Any]]:
@@ -116,9 +127,24 @@ def accumulate_value_and_grad(
         sums, (losses, aux) = jax.lax.scan(add, sums, microbatches)
         losses = _sum(losses)
         grads = jax.tree.map(lambda s, p: s.astype(jnp.result_type(p)), sums, params)
-        return (losses.get_total_loss(), (losses, aux) if has_aux else losses), grads
+        return (losses.get_total_loss(), (losses, aux) if self.has_aux else losses), grads
 
-    return value_and_grad
+    def _losses_and_aux(self, params: Any, batch: Any) -> tuple[LossCollector, Any]:
+        """What the loss function returns, checked."""
+        result = self.loss_fn(params, batch)
+        if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError(
+                f"loss_fn must return a pair (losses, aux), got {type(result).__name__}"
+            )
+        losses, aux = result if self.has_aux else (result, ())
+        if not isinstance(losses, LossCollector):
+            raise ValueError(f"loss_fn must return a LossCollector, got {type(losses).__name__}")
+        return losses, aux
+
+    def __repr__(self) -> str:
+        name = getattr(self.loss_fn, "__name__", self.loss_fn)
+        aux = ", has_aux=True" * bool(self.has_aux)
+        return f"accumulate_value_and_grad({name}, {self.num_microbatches}{aux})"
 
 
 def pad_batch(batch: Any, size: int) -> tuple[Any, Any]:
@@ -135,7 +161,8 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, Any]:
         The padded batch, and weights ``[size]``: True for rows of the batch, False for added rows.
 
     Raises:
-        ValueError: if the leading axes differ in length, or are longer than ``size``.
+        ValueError: if a leaf is not an array of numbers, or if the leading axes differ in length or
+            are longer than ``size``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -148,17 +175,41 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, Any]:
     if rows > check_integer("size", size):
         raise ValueError(f"size must be at least the batch's {rows} rows, got {size}")
 
-    def pad(leaf: Any) -> Any:
+    def pad(path: Any, leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} must be an array of numbers to be padded, "
+                f"got dtype {leaf.dtype}"
+            )
         widths = [(0, size - rows)] + [(0, 0)] * (leaf.ndim - 1)
         return (np if isinstance(leaf, np.ndarray) else jnp).pad(leaf, widths)
 
-    return jax.tree.map(pad, batch), np.arange(size) < rows
+    return jax.tree_util.tree_map_with_path(pad, batch), np.arange(size) < rows
+
+
+def _check_params(params: Any) -> None:
+    """``ValueError`` naming the leaf that has no gradient."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = f"params{jax.tree_util.keystr(path)}"
+        array = as_array(name, leaf)
+        if not is_float(array):
+            raise ValueError(
+                f"{name} must be floating-point to have a gradient, got dtype {array.dtype}; what "
+                f"has none can be a part of the batch or known to loss_fn"
+            )
 
 
 def _num_rows(batch: Any) -> int:
     """The length of the leading axes; ``ValueError`` naming the leaves if they differ."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
-    sizes = {jax.tree_util.keystr(path) or "batch": jnp.shape(leaf)[:1] for path, leaf in leaves}
+    named = {f"batch{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
+    for name, leaf in named.items():
+        # Every array of JAX holds numbers or keys; one of NumPy may hold strings or objects.
+        dtype = leaf.dtype if isinstance(leaf, Array) else np.asarray(leaf).dtype
+        kinds = (jnp.number, jnp.bool_, jax.dtypes.prng_key)
+        if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
+            raise ValueError(f"{name} must be an array of numbers or keys, got dtype {dtype}")
+    sizes = {name: jnp.shape(leaf)[:1] for name, leaf in named.items()}
     if len(set(sizes.values())) != 1 or () in sizes.values():
         raise ValueError(f"batch must have arrays with leading axes of one length, got {sizes}")
     return next(iter(sizes.values()))[0]

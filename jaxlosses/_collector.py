@@ -6,7 +6,7 @@ TensorFlow collected losses in a global collection of the graph; JAX's functions
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -15,24 +15,31 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.core import Tracer
+from jax.tree_util import GetAttrKey
 from jax.typing import ArrayLike
 
 from jaxlosses._kernel import reduce_losses
-from jaxlosses._mean import WeightedMean, psum, widen
+from jaxlosses._mean import WeightedMean, exportable, psum, widen
 from jaxlosses._regularization import Regularizer, as_pattern, matching_parameters
-from jaxlosses._typing import as_floats
+from jaxlosses._typing import as_array, as_floats
 
 TOTAL = "total_loss"  # The name of the sum for loggers; no loss can have it.
 
 
-@jax.tree_util.register_dataclass
+# The kinds of losses: attributes of a collector, and the first keys of its pytree.
+KINDS = ("losses", "regularization_losses")
+
+
+@exportable
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LossCollector:
     """Losses by name, each kept as an undivided mean.
 
     It is immutable: every method returns a new collector. It is a pytree, whose leaves are totals
     and counts and whose structure is the names, so it passes through ``jit``, ``grad``, ``scan``,
-    ``cond`` and ``vmap``, and into checkpoints. The sum of collectors (of microbatches, batches or
+    ``cond`` and ``vmap``, through ``jax.export`` and into checkpoints (of ``flax.serialization``
+    once ``jaxlosses.flax`` is imported). The sum of collectors (of microbatches, batches or
     devices) has the exact mean of each loss over all of them; ``sum(collectors)`` works, and a
     ``scan`` starts from ``jax.tree.map(jnp.zeros_like, losses)``.
 
@@ -100,7 +107,8 @@ class LossCollector:
         """This collector with one more regularization loss for each pattern, named by the pattern.
 
         Args:
-            params: Any pytree of parameters (of linen, of nnx, of your own).
+            params: Any pytree of parameters (of linen, of nnx, of your own). What Flax wraps arrays
+                in, variables of nnx and boxes of linen, adds nothing to their paths.
             regularizers: A mapping from patterns to functions. A pattern is a regular expression
                 that is searched for in the path of every floating-point parameter, joined by "/"
                 (``encoder/dense/kernel``). The loss is the sum of the function's values for the
@@ -108,7 +116,7 @@ class LossCollector:
 
         Raises:
             ValueError: if a pattern is not a regular expression, finds no parameter or is a name
-                already taken, or if a regularizer does not return a scalar.
+                already taken, or if a regularizer does not return a real scalar.
 
         Example:
             >>> import jax.numpy as jnp
@@ -126,12 +134,15 @@ class LossCollector:
         for pattern, regularizer in regularizers.items():
             if not callable(regularizer):
                 raise ValueError(f"the regularizer of {pattern!r} must be a function")
-            values = [regularizer(leaf) for leaf in matching_parameters(params, pattern)]
+            values = [
+                as_array(f"what the regularizer of {pattern!r} returns", regularizer(leaf))
+                for leaf in matching_parameters(params, pattern)
+            ]
             for value in values:
-                if jnp.shape(value):
+                if value.shape:
                     raise ValueError(
                         f"the regularizer of {pattern!r} must return a scalar, "
-                        f"got shape {jnp.shape(value)}"
+                        f"got shape {value.shape}"
                     )
             collector = collector.add_regularization_loss(pattern, sum(values))
         return collector
@@ -179,11 +190,11 @@ class LossCollector:
         if not isinstance(other, LossCollector):
             raise ValueError(f"other must be a LossCollector, got {type(other).__name__}")
         merged = {}
-        for field in ("losses", "regularization_losses"):
-            mine, theirs = getattr(self, field), getattr(other, field)
+        for kind in KINDS:
+            mine, theirs = getattr(self, kind), getattr(other, kind)
             if mine.keys() != theirs.keys():
                 raise ValueError(
-                    f"only collectors of the same {field} can be merged; "
+                    f"only collectors of the same {kind} can be merged; "
                     f"only the first has {sorted(mine.keys() - theirs.keys())}, "
                     f"only the second has {sorted(theirs.keys() - mine.keys())}"
                 )
@@ -191,7 +202,7 @@ class LossCollector:
                 shapes = [jnp.shape(means[name].total) for means in (mine, theirs)]
                 if shapes[0] != shapes[1]:
                     raise ValueError(f"{name} must have one shape to be merged, got {shapes}")
-            merged[f"_{field}"] = {name: mean + theirs[name] for name, mean in mine.items()}
+            merged[f"_{kind}"] = {name: mean + theirs[name] for name, mean in mine.items()}
         return LossCollector(**merged)
 
     __add__ = merge
@@ -240,11 +251,20 @@ class LossCollector:
     def __repr__(self) -> str:
         """The names with their values, or with dtype and shape while they are traced."""
         parts = [
-            f"{field}={{{', '.join(f'{n}: {_show(m)}' for n, m in getattr(self, field).items())}}}"
-            for field in ("losses", "regularization_losses")
-            if getattr(self, field)
+            f"{kind}={{{', '.join(f'{n}: {_show(m)}' for n, m in getattr(self, kind).items())}}}"
+            for kind in KINDS
+            if getattr(self, kind)
         ]
         return f"LossCollector({', '.join(parts)})"
+
+    def tree_flatten_with_keys(self) -> tuple[Iterable[tuple[Any, Any]], None]:
+        """Public names as keys, because checkpoints are read by them."""
+        return [(GetAttrKey(kind), getattr(self, f"_{kind}")) for kind in KINDS], None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: Iterable[Any]) -> LossCollector:
+        """A collector of any leaves, which JAX may put there; so nothing is checked."""
+        return cls(*children)
 
     def _with(
         self, means: Mapping[str, WeightedMean], name: str, value: ArrayLike | WeightedMean
@@ -295,9 +315,13 @@ def _line(name: str, value: Array, count: Array) -> tuple[str, str, str]:
 
 
 def _is_concrete(mean: WeightedMean) -> bool:
-    """Whether it holds arrays with values: no tracers, nor other leaves from ``jax.tree.map``."""
-    parts = (mean.total, mean.count)
-    return all(isinstance(x, Array | np.ndarray) and not isinstance(x, Tracer) for x in parts)
+    """Whether it holds real numbers: no tracers, nor other leaves from ``jax.tree.map``."""
+    return all(
+        isinstance(x, Array | np.ndarray)
+        and not isinstance(x, Tracer)
+        and any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_))
+        for x in (mean.total, mean.count)
+    )
 
 
 def _show(mean: WeightedMean) -> str:

@@ -7,13 +7,31 @@ from collections.abc import Hashable
 from typing import TypeVar
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
+from jaxlosses._typing import as_array
+
 T = TypeVar("T")
 
 
+def exportable(cls: type[T]) -> type[T]:
+    """Let ``jax.export`` save programs that take or return a class whose fields are all children.
+
+    The name is part of the saved program, so that no private module may be in it.
+    """
+    return jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=f"{__package__}.{cls.__name__}",
+        serialize_auxdata=lambda _: b"",
+        deserialize_auxdata=lambda _: None,
+        from_children=lambda aux_data, children: cls(*children),
+    )
+
+
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightedMean:
@@ -25,8 +43,9 @@ class WeightedMean:
     different numbers of losses. It is the sum of totals divided by the sum of counts. The same
     holds for microbatches, devices and hosts. Every loss returns this class with
     ``reduction="parts"``. It is a pytree, so it passes through ``jit``, ``scan``, ``vmap`` and
-    ``grad``. Sums have the precision of their dtype: past $2^{24}$, a float32 loses small numbers
-    that are added to it, so add up millions of batches in groups.
+    ``grad``, and through ``jax.export`` and checkpoints. Sums have the precision of their dtype:
+    past $2^{24}$, a float32 loses small numbers that are added to it, so add up millions of batches
+    in groups.
 
     Attributes:
         total: Sum of the weighted losses; any floating-point array, usually a scalar.
@@ -46,25 +65,30 @@ class WeightedMean:
 
     @property
     def value(self) -> Array:
-        """The mean, at least float32: ``total / count``, and 0 where the count is 0."""
-        return divide(self.total, self.count)
+        """The mean, at least float32: ``total / count``, and 0 where the count is 0.
+
+        Raises:
+            ValueError: if total or count is not a real array or number.
+        """
+        return divide(*_parts(self))
 
     def merge(self, other: WeightedMean) -> WeightedMean:
         """The mean over what both have counted; ``mean + other`` is the same.
 
         Raises:
-            ValueError: if ``other`` is not a ``WeightedMean`` of the same shape.
+            ValueError: if ``other`` is not a ``WeightedMean`` of the same shape, or if a total or
+                count is not a real array or number.
         """
         if not isinstance(other, WeightedMean):
             raise ValueError(
                 f"other must be a WeightedMean to be merged, got {type(other).__name__}"
             )
-        if jnp.shape(self.total) != jnp.shape(other.total):
+        (total, count), (other_total, other_count) = _parts(self), _parts(other)
+        if total.shape != other_total.shape:
             raise ValueError(
-                f"other must have the shape {jnp.shape(self.total)} to be merged, "
-                f"got {jnp.shape(other.total)}"
+                f"other must have the shape {total.shape} to be merged, got {other_total.shape}"
             )
-        return WeightedMean(jnp.add(self.total, other.total), jnp.add(self.count, other.count))
+        return WeightedMean(jnp.add(total, other_total), jnp.add(count, other_count))
 
     __add__ = merge
 
@@ -79,6 +103,16 @@ class WeightedMean:
             axis_name: The axis, or a tuple of axes, as for ``jax.lax.psum``.
         """
         return psum(self, axis_name)
+
+
+def _parts(mean: WeightedMean) -> tuple[Array, Array]:
+    """Total and count, checked where they are used: JAX puts other leaves into a pytree as well.
+
+    The sum of two booleans would be a boolean.
+    """
+    parts = as_array("WeightedMean.total", mean.total), as_array("WeightedMean.count", mean.count)
+    total, count = (x.astype(jnp.float32) if x.dtype == jnp.bool_ else x for x in parts)
+    return total, count
 
 
 def divide(total: ArrayLike, count: ArrayLike) -> Array:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -14,7 +16,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxlosses._regression import absolute_difference, mean_squared_error
-from jaxlosses._typing import check_number
+from jaxlosses._typing import as_array, check_number, checked_call
 
 Regularizer: TypeAlias = Callable[[ArrayLike], Array]
 
@@ -32,7 +34,8 @@ def l1_regularizer(scale: float) -> Regularizer:
         at 0 is 0.
 
     Raises:
-        ValueError: if ``scale`` is negative.
+        ValueError: if ``scale`` is negative. From the returned function: if ``w`` is not a real
+            array or number.
 
     References:
         ``tf.contrib.layers.l1_regularizer``, TensorFlow 1.15.
@@ -44,7 +47,7 @@ def l1_regularizer(scale: float) -> Regularizer:
         3.5
     """
     _check_scale(scale)
-    return lambda w: scale * absolute_difference(w, jnp.zeros_like(w), reduction="sum")
+    return _L1(scale)
 
 
 def l2_regularizer(scale: float) -> Regularizer:
@@ -59,7 +62,8 @@ def l2_regularizer(scale: float) -> Regularizer:
         A function of one array of any shape that returns a scalar, float32 at least.
 
     Raises:
-        ValueError: if ``scale`` is negative.
+        ValueError: if ``scale`` is negative. From the returned function: if ``w`` is not a real
+            array or number.
 
     References:
         ``tf.contrib.layers.l2_regularizer``, TensorFlow 1.15.
@@ -71,7 +75,39 @@ def l2_regularizer(scale: float) -> Regularizer:
         6.25
     """
     _check_scale(scale)
-    return lambda w: scale / 2 * mean_squared_error(w, jnp.zeros_like(w), reduction="sum")
+    return _L2(scale)
+
+
+# Classes, so that they can be pickled. Two of them are equal only if they are one: a traced scale
+# can be neither compared nor hashed.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _L1:
+    """See ``jaxlosses.l1_regularizer``."""
+
+    scale: float
+
+    @checked_call
+    def __call__(self, w: ArrayLike) -> Array:
+        w = as_array("w", w)
+        return self.scale * absolute_difference(w, jnp.zeros_like(w), reduction="sum")
+
+    def __repr__(self) -> str:
+        return f"l1_regularizer({self.scale})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _L2:
+    """See ``jaxlosses.l2_regularizer``."""
+
+    scale: float
+
+    @checked_call
+    def __call__(self, w: ArrayLike) -> Array:
+        w = as_array("w", w)
+        return self.scale / 2 * mean_squared_error(w, jnp.zeros_like(w), reduction="sum")
+
+    def __repr__(self) -> str:
+        return f"l2_regularizer({self.scale})"
 
 
 def matching_parameters(params: Any, pattern: str) -> list[Array]:
@@ -81,16 +117,11 @@ def matching_parameters(params: Any, pattern: str) -> list[Array]:
         ValueError: if the pattern is not a regular expression, or is found in no path.
     """
     search = as_pattern("pattern", pattern).search
-    named, seen = [], set()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_variable):
-        # A variable of nnx has several paths if modules share it, but is one parameter.
-        if _is_variable(leaf):
-            if id(leaf) in seen:
-                continue
-            seen.add(id(leaf))
-            leaf = leaf.get_value()
-        if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating):
-            named.append((_path_of(path), leaf))
+    named = [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in _leaves_with_path(params, (), set())
+        if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating)
+    ]
     matched = [leaf for path, leaf in named if search(path)]
     if not matched:
         raise ValueError(
@@ -110,22 +141,48 @@ def as_pattern(name: str, pattern: str) -> re.Pattern[str]:
         ) from error
 
 
-def _is_variable(x: Any) -> bool:
-    """Whether it is a variable of nnx; only ``jaxlosses.flax`` may import its class."""
-    return hasattr(x, "get_value")
+def _leaves_with_path(
+    tree: Any, prefix: tuple[Any, ...], seen: set[int]
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Leaves and their paths, as if Flax did not wrap arrays in variables (nnx) and boxes (linen).
+
+    A wrapper has a key of its own for its content, which is no part of a parameter's name. Nothing
+    but a wrapper has its keys left out: a layer of attention may be called ``value`` too.
+    """
+    variable = _flax_class("flax.nnx", "Variable")
+    box = _flax_class("flax.core.meta", "AxisMetadata")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: isinstance(x, (variable, box))
+    ):
+        path = (*prefix, *path)
+        if isinstance(leaf, variable):
+            # It has several paths if modules share it, but is one parameter.
+            if id(leaf) not in seen:
+                seen.add(id(leaf))
+                yield from _leaves_with_path(leaf.get_value(), path, seen)
+        elif isinstance(leaf, box):
+            # Its method unbox would also move the array to a mesh.
+            for content in jax.tree.leaves(leaf, is_leaf=lambda x, box=leaf: x is not box):
+                if content is not leaf:  # It is, if the box is no pytree.
+                    yield from _leaves_with_path(content, path, seen)
+        else:
+            yield path, leaf
 
 
-def _path_of(path: tuple[Any, ...]) -> str:
-    """A leaf's path, joined by "/"."""
-    # Linen wraps an array with metadata in a box, whose attribute "value" is the array.
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def _flax_class(module: str, name: str) -> Any:
+    """A class of Flax without an import of Flax, for ``isinstance``; no class if it is not loaded.
+
+    Nothing can be an instance of a class that has not been loaded.
+    """
+    return getattr(sys.modules.get(module), name, ())
 
 
 def _check_scale(scale: float) -> None:
     """``ValueError`` if ``scale`` is not a number that can be a factor."""
     # A scale may be traced (it may follow a schedule), and then has no value to check.
-    if not isinstance(scale, Tracer):
-        is_array = isinstance(scale, Array | np.ndarray) and scale.ndim == 0
-        check_number("scale", float(scale) if is_array else scale)
+    if isinstance(scale, Tracer):
+        return
+    if isinstance(scale, Array | np.ndarray) and scale.ndim == 0:
+        as_array("scale", scale)
+        scale = scale.item()
+    check_number("scale", scale)

@@ -92,7 +92,7 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return jitted(*positional, *args[len(names) :], **named)
         except TypeError:
-            arguments = _bind(function, signature, args, kwargs)
+            arguments = _bind(function.__name__, signature, args, kwargs)
             # JAX's, if it is of an argument that can be none of its own.
             for name, value in arguments.items():
                 if name in arrays and value is not signature.parameters[name].default:
@@ -121,16 +121,28 @@ def as_option(name: str, value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _bind(
-    function: Callable[..., Any], signature: inspect.Signature, args: Any, kwargs: Any
-) -> dict[str, Any]:
+def checked_call(call: Callable[P, R]) -> Callable[P, R]:
+    """A method ``__call__`` that names its object, by its ``repr``, if it is called wrongly."""
+    signature = inspect.signature(call)
+    without_self = signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    @functools.wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        self, *others = args
+        _bind(repr(self), without_self, others, kwargs)
+        return call(*args, **kwargs)
+
+    return checked
+
+
+def _bind(name: str, signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
     """The arguments of a call by name; ``TypeError`` naming the function if it is a wrong call."""
     try:
         return signature.bind(*args, **kwargs).arguments
     except TypeError as error:
         bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-        name = function.__name__
-        raise TypeError(f"{name}(): {error}; it is {name}{inspect.Signature(bare)}") from None
+        takes = inspect.Signature(bare)
+        raise TypeError(f"{name} was called wrongly: {error}; it takes {takes}") from None
 
 
 _LARGEST = float(np.finfo(np.float32).max)

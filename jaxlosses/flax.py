@@ -4,12 +4,16 @@ A module calls :func:`sow_loss` where it knows a loss, and the training step cal
 or :func:`capture`. A loss may be sown several times: in a module that is called twice, for each
 layer of a ``scan``, for each example of a ``vmap``. Each time is a loss of its own: they are
 collected under one name, as the elements of an array, and the total loss is their sum.
+
+Once this module is imported, ``flax.serialization`` saves and restores the package's pytrees.
 """
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -17,12 +21,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx, serialization, traverse_util
 from flax.core.scope import union_filters
 from flax.linen import module as linen_module
 from jax.typing import ArrayLike
 
-from jaxlosses._collector import LossCollector, as_mean
+from jaxlosses._collector import KINDS, LossCollector, as_mean
 from jaxlosses._mean import WeightedMean
 
 
@@ -37,6 +41,9 @@ class RegularizationLoss(nnx.Variable):
 # Collections of linen and variables of nnx, by the argument regularization of sow_loss.
 _COLLECTIONS = {False: "losses", True: "regularization_losses"}
 _VARIABLES: dict[bool, type[nnx.Variable]] = {False: Loss, True: RegularizationLoss}
+
+# Whether a function is being captured: then a module of nnx must be seen by the capture to sow.
+_is_capturing = contextvars.ContextVar("_is_capturing", default=False)
 
 
 def sow_loss(
@@ -61,7 +68,9 @@ def sow_loss(
 
     Raises:
         ValueError: if ``module`` is not a Flax module, the name is empty, has a ``/`` or is taken,
-            or the value is not a real array or number.
+            or the value is not a real array or number; within :func:`capture`, if ``module`` is not
+            among the arguments; and if a part of a module of linen that is bound (``bind``) is in a
+            lifted transformation, outside of all methods.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -80,9 +89,17 @@ def sow_loss(
         raise ValueError(f"name must be a non-empty string without '/', got {name!r}")
     mean = as_mean(name, value)
     if isinstance(module, nn.Module):
-        if not module.is_initializing():
-            add = functools.partial(_Sown.add, run=_current_run())
-            module.sow(_COLLECTIONS[regularization], name, mean, reduce_fn=add, init_fn=_Sown)
+        collection = _COLLECTIONS[regularization]
+        if not module.is_initializing() and module.is_mutable_collection(collection):
+            run = _current_run(module)
+            if run is None:
+                raise ValueError(
+                    f"{name} cannot be sown in a lifted transformation of a part of a bound module "
+                    f"that no method has called, because losses of earlier runs could not be told "
+                    f"from those of this one; call the transformation in a method"
+                )
+            add = functools.partial(_Sown.add, run=run)
+            module.sow(collection, name, mean, reduce_fn=add, init_fn=_Sown)
     elif isinstance(module, nnx.Module):
         variable, captures = _VARIABLES[regularization], getattr(module, "__captures__", None)
         others = (sown for sown in captures or () if type(sown) is not variable)
@@ -93,6 +110,12 @@ def sow_loss(
             )
         if captures is not None:  # Outside of a capture, Flax's sow would warn.
             module.sow(variable, name, mean, reduce_fn=_Sown.add, init_fn=_Sown)
+        elif _is_capturing.get():
+            raise ValueError(
+                f"module {type(module).__name__} sows {name!r} within capture, but is not among "
+                f"the arguments of the captured function, so that the loss would be lost; give the "
+                f"module to the function as an argument, or in a list or another pytree"
+            )
     else:
         raise ValueError(f"module must be a Flax module, got {type(module).__name__}")
 
@@ -157,19 +180,22 @@ def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., An
     """Run a function and collect the losses that its module sows.
 
     Args:
-        fn: An nnx module, a method of one, or a function that has nnx modules among its arguments
-            (if there are several, names begin with the module's number: ``0/layer/loss``). Or the
-            method ``apply`` of a linen module; then the collections of losses are made mutable and
-            start empty.
+        fn: An nnx module, a method of one, or a function of nnx modules, which may stand anywhere
+            in its arguments: in pytrees, dataclasses and ``functools.partial``. Or the method
+            ``apply`` of a linen module; then the collections of losses are made mutable and start
+            empty.
         expected: As in :func:`collect`.
 
     Returns:
-        A function of the same arguments that returns ``(fn(*args), LossCollector)``. If ``fn``
-        raises an error, it leaves nothing on the modules.
+        A function of the same arguments that returns ``(fn(*args), LossCollector)``. Of a single
+        nnx module, names are paths in it. If there are several, they begin with the module's number
+        in the order of the arguments (in a dictionary, of sorted keys): ``0/layer/loss``. A module
+        that is given twice is one module. If ``fn`` raises an error, it leaves nothing on them.
 
     Raises:
-        ValueError: if there is no module to collect from, if a module is within a capture already,
-            or as :func:`collect`.
+        ValueError: if ``fn`` is not a function, if there is no module to collect from, if a module
+            is within a capture already, if a module of nnx sows that is not among the arguments (a
+            function closes over it, or makes it), or as :func:`collect`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -184,19 +210,52 @@ def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., An
         [2. 2. 2.] 1.0
     """
     expected = _check_expected(expected)
-    owner = fn if isinstance(fn, nnx.Module) else getattr(fn, "__self__", None)
+    if not callable(fn):
+        raise ValueError(f"fn must be a function or a module that can be called, got {fn!r}")
 
     @functools.wraps(fn, updated=())  # Do not copy the attributes of a module.
     def captured(*args: Any, **kwargs: Any) -> tuple[Any, LossCollector]:
-        if isinstance(owner, nn.Module):
-            result, *states = _apply(fn, *args, **kwargs)
+        function = fn
+        while isinstance(function, functools.partial):
+            args, kwargs = (*function.args, *args), {**function.keywords, **kwargs}
+            function = function.func
+        if isinstance(getattr(function, "__self__", None), nn.Module):
+            result, *states = _apply(function, *args, **kwargs)
         else:
-            arguments = (owner, *args, *kwargs.values())
-            modules = tuple(a for a in arguments if isinstance(a, nnx.Module))
-            result, *states = _capture(modules, fn, *args, **kwargs)
+            modules = _modules_in(function, *args, *kwargs.values())
+            result, *states = _capture(modules, function, *args, **kwargs)
         return result, _collect(itertools.chain(*map(_sown_in, states)), expected)
 
     return captured
+
+
+def _modules_in(*trees: Any) -> tuple[nnx.Module, ...]:
+    """All modules of nnx in pytrees, each once; Flax itself finds the modules within these."""
+    modules, seen = [], set()
+
+    def visit(*trees: Any) -> None:
+        for tree in trees:
+            try:
+                leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Module))
+            except ValueError:
+                continue  # The keys of a dictionary cannot be sorted, so that it is no pytree.
+            for leaf in leaves:
+                if id(leaf) not in seen:
+                    seen.add(id(leaf))
+                    enter(leaf)
+
+    def enter(leaf: Any) -> None:
+        if isinstance(leaf, nnx.Module):
+            modules.append(leaf)
+        elif isinstance(leaf, functools.partial):
+            visit(leaf.func, *leaf.args, *leaf.keywords.values())
+        elif inspect.ismethod(leaf):
+            visit(leaf.__self__)
+        elif dataclasses.is_dataclass(leaf):
+            visit(*(getattr(leaf, field.name, None) for field in dataclasses.fields(leaf)))
+
+    visit(*trees)
+    return tuple(modules)
 
 
 def _apply(
@@ -229,10 +288,12 @@ def _capture(modules: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
                 f"module {type(module).__name__} is being captured already, or an earlier "
                 f"nnx.capture failed and left its captures there; capture once, around everything"
             )
+    outer = _is_capturing.set(True)
     try:
         run = nnx.capture(lambda _: fn(*args, **kwargs), Loss, RegularizationLoss)
         return run(modules[0] if len(modules) == 1 else modules)
     finally:
+        _is_capturing.reset(outer)
         for _, module in nnx.iter_modules(modules):
             if hasattr(module, "__captures__"):
                 del module.__captures__
@@ -244,8 +305,9 @@ class _Sown:
     """What a module holds under one name: a mean for each time that the loss was sown.
 
     ``run`` tells one call of ``apply`` from another. The variables may still hold the means of an
-    earlier call; these are dropped. All runs are equal to JAX, because it would trace a function
-    again for a pytree of another structure.
+    earlier call; these are dropped. To JAX all earlier runs are one, because it would trace a
+    function again for a pytree of another structure. The current run is another one, also in a
+    program of ``nn.jit`` that was traced in an earlier run.
     """
 
     means: tuple[WeightedMean, ...] = ()
@@ -254,38 +316,34 @@ class _Sown:
     def add(self, mean: WeightedMean, run: Any = None) -> _Sown:
         if not isinstance(self, _Sown):
             raise ValueError("name must not be one that the module also gives to its own sow")
-        return _Sown((*self.means, mean) if self.run == run else (mean,), run)
+        return _Sown((*self.means, mean) if self.run is run else (mean,), run)
 
-    def tree_flatten(self) -> tuple[tuple[Any, ...], _AnyRun]:
-        return (self.means,), _AnyRun(self.run)
+    def tree_flatten(self) -> tuple[tuple[Any, ...], bool]:
+        return (self.means,), self.run is not None and self.run is _current_run()
 
     @classmethod
-    def tree_unflatten(cls, run: _AnyRun, children: Any) -> _Sown:
-        return cls(children[0], run.run)
+    def tree_unflatten(cls, is_current: bool, children: Any) -> _Sown:
+        return cls(children[0], _current_run() if is_current else None)
+
+    def __reduce__(self) -> Any:
+        return _Sown, (self.means,)  # A copy belongs to no run.
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _AnyRun:
-    """A run that is equal to every other run."""
+def _current_run(*modules: nn.Module) -> Any:
+    """Something that is the same object throughout one ``apply`` (or ``bind``), and in no other.
 
-    run: Any
+    It is the dictionary of counters that Flax makes for each root scope. In lifted transformations
+    Flax rebuilds scopes and clones modules, but a copy of a root scope keeps this dictionary. Other
+    copies have no parent either and do not lead to their root. The module whose method called the
+    transformation does.
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _AnyRun)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-def _current_run() -> Any:
-    """Something that is the same throughout one call of linen's ``apply``, and in no other call.
-
-    It is the id of the outermost module, of which each call of ``apply`` makes a new one. Inside of
-    lifted transformations Flax rebuilds scopes and clones modules, so that no public attribute of
-    these leads to the outermost module.
+    Args:
+        modules: Where to look before the modules whose methods are being run.
     """
-    modules = linen_module._context.module_stack
-    return next((m._id for m in modules if m is not None), None)
+    for module in (*modules, *reversed(linen_module._context.module_stack)):
+        if module is not None and module.scope is not None and not module.scope.root.path:
+            return module.scope.root.rng_counters
+    return None
 
 
 def _sown_in(state: Any) -> Iterator[tuple[bool, str, Any]]:
@@ -325,3 +383,40 @@ def _sown_by_flax(name: str, sown: Any) -> list[WeightedMean]:
             f"elements are losses to average or layers to sum"
         )
     return [as_mean(name, value) for value in values]
+
+
+def _children(fields: tuple[str, ...], tree: Any) -> dict[str, Any]:
+    """The fields of one of the package's pytrees; Flax knows no read-only mappings."""
+    values = {field: getattr(tree, field) for field in fields}
+    return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+def _to_state(fields: tuple[str, ...], tree: Any) -> dict[str, Any]:
+    """What Flax saves."""
+    return {k: serialization.to_state_dict(v) for k, v in _children(fields, tree).items()}
+
+
+def _from_state(fields: tuple[str, ...], target: Any, state: dict[str, Any]) -> Any:
+    """``target`` with the leaves that Flax has saved, if the names are the same.
+
+    Flax itself would drop what a dictionary of the target does not have.
+    """
+    children = _children(fields, target)
+    for expected, found in ((children, state), *((v, state.get(k)) for k, v in children.items())):
+        if isinstance(expected, dict) and expected.keys() != set(found or ()):
+            raise ValueError(
+                f"the target of the type {type(target).__name__} must have the names of the saved "
+                f"state, got {sorted(expected)} for {sorted(found or ())} at "
+                f"{serialization.current_path()}"
+            )
+    restored = {k: serialization.from_state_dict(v, state[k], k) for k, v in children.items()}
+    return type(target)(*restored.values())
+
+
+for _class, _fields in ((WeightedMean, ("total", "count")), (LossCollector, KINDS)):
+    serialization.register_serialization_state(
+        _class,
+        functools.partial(_to_state, _fields),
+        functools.partial(_from_state, _fields),
+        override=True,  # This module may be reloaded.
+    )

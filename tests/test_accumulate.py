@@ -1,5 +1,9 @@
 """Microbatches and padded batches give what the whole batch gives."""
 
+import collections
+import copy
+import dataclasses
+import pickle
 import re
 
 import chex
@@ -205,10 +209,126 @@ def test_arguments_are_checked():
     for wrong in (0, -1, 1.5, None):
         with pytest.raises(ValueError, match=f"num_microbatches.*{wrong}"):
             jl.accumulate_value_and_grad(loss_fn, wrong)
+    for wrong in (None, 3, jl.LossCollector()):
+        with pytest.raises(ValueError, match="loss_fn must be a function"):
+            jl.accumulate_value_and_grad(wrong, 2)
     with pytest.raises(ValueError, match="loss_fn must return a LossCollector"):
         jl.accumulate_value_and_grad(lambda p, b: jnp.sum(b), 2)(PARAMS, jnp.ones(4))
     with pytest.raises(ValueError, match="loss_fn must return a pair"):
         jl.accumulate_value_and_grad(loss_fn, 2, has_aux=True)(PARAMS, draw())
+    accumulate = jl.accumulate_value_and_grad(loss_fn, 2)
+    for arguments, options in (((), {}), ((1.0,), {}), ((1.0, X, 3), {}), ((1.0, X), {"aux": 1})):
+        with pytest.raises(TypeError, match=r"^accumulate_value_and_grad\(loss_fn, 2\) was called"):
+            accumulate(*arguments, **options)
+
+
+X = jnp.arange(8.0)
+KEYS = jax.random.split(jax.random.key(0), 8)
+
+
+def noisy(w, batch):
+    """Each row has a key of its own."""
+    keys, x = batch["keys"], batch["x"]
+    noise = jax.vmap(jax.random.normal)(keys)
+    return jl.LossCollector().add_loss(
+        "noisy", jl.mean_squared_error(w * x, noise, x > 2, reduction="parts")
+    )
+
+
+def test_a_batch_may_hold_keys():
+    batch = {"keys": KEYS, "x": X}
+    step = jl.accumulate_value_and_grad(noisy, 4)
+    expected = jax.value_and_grad(lambda w: noisy(w, batch).get_total_loss())(2.0)
+    for found in (step(2.0, batch), jax.jit(step)(2.0, batch)):
+        chex.assert_trees_all_close((found[0][0], found[1]), expected, rtol=1e-6)
+    seen = jl.accumulate_value_and_grad(lambda w, keys: (jl.LossCollector(), keys), 4, has_aux=True)
+    (_, (_, keys)), _ = seen(2.0, KEYS)
+    assert (keys.swapaxes(0, 1).ravel() == KEYS).all()
+
+
+@pytest.mark.parametrize(
+    "leaf", [np.array(["a", "b"]), np.array([None, 1]), "ab", np.array(["2020", "2021"], "M8[Y]")]
+)
+def test_batches_of_other_things_are_refused(leaf):
+    batch = {"x": np.ones(2), "text": [leaf]}
+    for function in (jl.accumulate_value_and_grad(loss_fn, 2), jl.pad_batch):
+        with pytest.raises(ValueError, match=r"batch\['text'\]\[0\] must be an array of numbers"):
+            function({}, batch) if function is not jl.pad_batch else function(batch, 4)
+    with pytest.raises(ValueError, match=r"batch\['keys'\].*to be padded, got dtype key"):
+        jl.pad_batch({"keys": KEYS}, 16)
+
+
+@dataclasses.dataclass
+class Layer:
+    weight: object
+    state: object
+
+
+jax.tree_util.register_dataclass(Layer)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (jnp.array(3), "floating-point to have a gradient, got dtype int32"),
+        (3, "floating-point to have a gradient, got dtype int32"),
+        (True, "floating-point to have a gradient, got dtype bool"),
+        (KEYS, "real, got dtype key"),
+        (jnp.ones(2, jnp.complex64), "real, got dtype complex64"),
+        (1j, "real, got dtype complex128"),
+        ("a", "an array or a number, got str"),
+        (jnp.sum, "an array or a number"),
+    ],
+)
+def test_parameters_without_a_gradient_are_refused_by_name(leaf, message):
+    params = {"layers": [Layer(jnp.ones(2), leaf)]}
+    step = jl.accumulate_value_and_grad(loss_fn, 2)
+    with pytest.raises(ValueError, match=rf"params\['layers'\]\[0\]\.state must be {message}"):
+        step(params, X)
+
+
+Pair = collections.namedtuple("Pair", ("x", "y"))
+CONTAINERS = {
+    "array": lambda x: x,
+    "tuple": lambda x: (x, None, x),
+    "list": lambda x: [x, [x]],
+    "dict": lambda x: {"b": x, "a": {}, "c": {"value": x}},
+    "namedtuple": lambda x: Pair(x, (x,)),
+    "dataclass": lambda x: Layer(x, {"a": x, "none": None}),
+    "variable": lambda x: nnx.Param(x),
+    "state": lambda x: nnx.State({"a": nnx.Param(x)}),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_parameters_and_batches_are_any_pytrees(container):
+    params = CONTAINERS[container](jnp.array(2.0))
+    batch = CONTAINERS[container](np.arange(8, dtype=np.float32).reshape(4, 2))
+
+    def mean(params, batch):
+        ws, xs = jax.tree.leaves(params), jax.tree.leaves(batch)
+        losses = jl.LossCollector().add_loss("all", sum(w * x for w in ws for x in xs))
+        return losses.regularize(params, {"^|.": jl.l2_regularizer(1.0)})
+
+    total = jax.value_and_grad(lambda params: mean(params, batch).get_total_loss())
+    (value, _), grads = jl.accumulate_value_and_grad(mean, 2)(params, batch)
+    assert jax.tree.structure(grads) == jax.tree.structure(params)
+    chex.assert_trees_all_close((value, grads), total(params), rtol=1e-6)
+    padded, present = jl.pad_batch(batch, 6)
+    assert jax.tree.structure(padded) == jax.tree.structure(batch)
+    for leaf in jax.tree.leaves(padded):
+        np.testing.assert_array_equal(leaf[present], jax.tree.leaves(batch)[0])
+        assert not leaf[4:].any()
+
+
+def test_an_accumulation_can_be_pickled():
+    step = jl.accumulate_value_and_grad(loss_fn, 4)
+    batch = draw()
+    for same in (pickle.loads(pickle.dumps(step)), copy.deepcopy(step)):
+        chex.assert_trees_all_equal(same(PARAMS, batch), step(PARAMS, batch))
+        assert repr(same) == repr(step) == "accumulate_value_and_grad(loss_fn, 4)"
+    aux = jl.accumulate_value_and_grad(loss_fn, 4, has_aux=True)
+    assert repr(aux) == "accumulate_value_and_grad(loss_fn, 4, has_aux=True)"
 
 
 def test_a_loss_may_have_an_axis_of_layers_but_not_of_rows():

@@ -1,11 +1,14 @@
 """LossCollector and the regularizers."""
 
+import collections
 import copy
+import dataclasses
 import pickle
 
 import chex
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -77,14 +80,16 @@ def test_adding_a_loss_does_not_change_the_collector():
         first.losses = {}
     with pytest.raises(TypeError):
         first.losses["b"] = first.losses["a"]
-    chex.assert_trees_all_equal(pickle.loads(pickle.dumps(first)), first)
-    chex.assert_trees_all_equal(copy.deepcopy(first), first)
 
 
-@pytest.mark.parametrize("name", ["", "total_loss", None, 3])
+@pytest.mark.parametrize(
+    "name", ["", "total_loss", None, 3, True, 1.5, b"aux", ("a",), object(), jnp.float32]
+)
 def test_bad_names_are_refused(name):
     with pytest.raises(ValueError, match="name must be"):
         jl.LossCollector().add_loss(name, 1.0)
+    with pytest.raises(ValueError, match="name must be"):
+        jl.LossCollector().add_regularization_loss(name, 1.0)
 
 
 def test_a_name_that_is_taken_is_refused():
@@ -98,8 +103,14 @@ def test_a_name_that_is_taken_is_refused():
     "value", [None, "1", [1.0], jnp.ones(2, jnp.complex64), np.array("a"), np.array([None])]
 )
 def test_bad_values_are_refused(value):
-    with pytest.raises(ValueError, match="aux"):
-        jl.LossCollector().add_loss("aux", value)
+    for wrong, name in (
+        (value, "aux"),
+        (jl.WeightedMean(value, 1.0), "aux.total"),
+        (jl.WeightedMean(1.0, value), "aux.count"),
+    ):
+        for add in (jl.LossCollector().add_loss, jl.LossCollector().add_regularization_loss):
+            with pytest.raises(ValueError, match=rf"^{name} must be"):
+                add("aux", wrong)
 
 
 def test_a_count_of_another_shape_is_refused():
@@ -218,7 +229,16 @@ def test_repr_shows_values_or_what_stands_in_their_place():
     jax.jit(lambda x: seen.append(str(collector(x))))(2.0)
     assert "encoder/layers: float32[2]" in seen[-1]
     assert "scalar: object" in repr(jax.tree.map(lambda _: "object", collector())).replace("'", "")
-    for leaf in (None, jnp.float32, jnp.dtype("float32"), jax.ShapeDtypeStruct((), jnp.float32)):
+    for leaf in (
+        None,
+        jnp.float32,
+        jnp.dtype("float32"),
+        jax.ShapeDtypeStruct((), jnp.float32),
+        jnp.complex64(1),
+        jax.random.key(0),
+        np.array("a"),
+        PartitionSpec("data"),
+    ):
         mapped = jax.tree.map(lambda _, leaf=leaf: leaf, collector())
         assert repr(mapped) == str(mapped)
 
@@ -250,8 +270,36 @@ def test_a_collector_is_restored_from_a_checkpoint(tmp_path):
         checkpointer.save(tmp_path / "losses", losses)
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "losses", jax.tree.map(jnp.zeros_like, losses))
+        plain = checkpointer.restore(tmp_path / "losses")
     assert isinstance(restored, jl.LossCollector)
     chex.assert_trees_all_equal(restored, losses)
+    # Who has no collector to restore into reads the names that are public.
+    expected = {
+        kind: {name: {"total": m.total, "count": m.count} for name, m in means.items()}
+        for kind in ("losses", "regularization_losses")
+        for means in [getattr(losses, kind)]
+    }
+    chex.assert_trees_all_equal(plain, expected)
+    shown = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(losses)]
+    assert ".losses['scalar'].total" in shown
+    assert ".regularization_losses['l2'].count" in shown
+
+
+@pytest.mark.parametrize("losses", [jl.LossCollector(), collector()], ids=["empty", "full"])
+def test_a_collector_passes_through_an_exported_program(losses):
+    """Also a WeightedMean, its leaves."""
+
+    def add(losses, x):
+        total = jax.tree.map(lambda leaf: leaf + x, losses)
+        return total, jl.compute_weighted_loss(jnp.stack([x, x]), reduction="parts")
+
+    saved = jax.export.export(jax.jit(add))(losses, 2.0).serialize()
+    loaded = jax.export.deserialize(saved).call(losses, 2.0)
+    assert isinstance(loaded[0], jl.LossCollector)
+    assert isinstance(loaded[1], jl.WeightedMean)
+    chex.assert_trees_all_equal(loaded, add(losses, jnp.float32(2)))
+    assert b"jaxlosses.LossCollector" in saved
+    assert b"jaxlosses._" not in saved  # No private module is named by what users keep.
 
 
 def test_regularizers_are_those_of_tensorflow():
@@ -264,10 +312,42 @@ def test_regularizers_are_those_of_tensorflow():
         assert regularizer(1.0)(w.astype(jnp.bfloat16)).dtype == jnp.float32
         with pytest.raises(ValueError, match=r"scale.*-1"):
             regularizer(-1.0)
-        with pytest.raises(ValueError, match="scale"):
-            regularizer(jnp.ones(2))
+        for wrong in (jnp.ones(2), jnp.complex64(1), np.array("a"), np.array(True), "1", None):
+            with pytest.raises(ValueError, match=r"^scale must be"):
+                regularizer(wrong)
         assert regularizer(jnp.float32(2))(w) == regularizer(2.0)(w)
         assert jax.jit(lambda s, r=regularizer: r(s)(w))(2.0) == regularizer(2.0)(w)
+        for scale in (np.array(2.0), jnp.float32(2)):
+            assert jax.jit(lambda r=regularizer, s=scale: r(s)(w))() == regularizer(2.0)(w)
+
+
+def test_collectors_and_regularizers_can_be_pickled():
+    losses, w = collector(), jnp.array([1.0, -2.0])
+    for copied in (lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy, copy.copy):
+        assert jax.tree.structure(copied(losses)) == jax.tree.structure(losses)
+        chex.assert_trees_all_equal(copied(losses), losses)
+        assert repr(copied(losses)) == repr(losses)
+        for regularizer in (jl.l1_regularizer, jl.l2_regularizer):
+            for scale in (0.5, 2, jnp.float32(0.5)):
+                same = copied(regularizer(scale))
+                assert same(w) == regularizer(scale)(w)
+                assert repr(same) == f"{regularizer.__name__}({scale})"
+
+
+def test_regularizers_are_functions_to_every_transformation():
+    w = jnp.array([[1.0, -2.0], [0.0, 3.0]])
+    for regularizer in (jl.l1_regularizer, jl.l2_regularizer):
+        for scale in (0.5, jnp.float32(0.5)):
+            loss = regularizer(scale)
+            expected = jnp.stack([loss(row) for row in w])
+            for mapped in (jax.vmap(loss), jax.jit(jax.vmap(loss)), jax.vmap(jax.checkpoint(loss))):
+                chex.assert_trees_all_close(mapped(w), expected)
+        for arguments, options in (((), {}), ((w, w), {}), ((w,), {"scale": 1.0})):
+            with pytest.raises(TypeError, match=rf"^{regularizer.__name__}\(0.5\) was called"):
+                regularizer(0.5)(*arguments, **options)
+        for wrong in (None, "a", jnp.ones(2, jnp.complex64), jax.random.key(0)):
+            with pytest.raises(ValueError, match=r"^w must be"):
+                regularizer(0.5)(wrong)
 
 
 def test_a_pattern_is_searched_for_in_paths():
@@ -293,6 +373,9 @@ def test_patterns_and_regularizers_that_cannot_work_are_refused():
         empty.regularize(PARAMS, {"[": jl.l2_regularizer(1.0)})
     with pytest.raises(ValueError, match=r"'head' must return a scalar.*\(1, 1\)"):
         empty.regularize(PARAMS, {"head": jnp.abs})
+    for wrong in (None, "0.1", 1j, [1.0]):
+        with pytest.raises(ValueError, match="what the regularizer of 'head' returns must be"):
+            empty.regularize(PARAMS, {"head": lambda w, wrong=wrong: wrong})
     with pytest.raises(ValueError, match="regularizer of 'head' must be a function"):
         empty.regularize(PARAMS, {"head": 0.1})
     with pytest.raises(ValueError, match="regularizers must be a mapping"):
@@ -333,7 +416,139 @@ def test_patterns_find_parameters_of_linen_and_nnx():
             self.dense = nnx.Linear(3, 2, kernel_init=ones, rngs=nnx.Rngs(0))
 
     variables = Linen().init(jax.random.key(0), jnp.ones((1, 3)))
+    assert isinstance(variables["params"]["dense"]["kernel"], nn.Partitioned)
     model = Nnx()
     for params in (variables["params"], nnx.state(model, nnx.Param), nnx.state(model), model):
         losses = jl.LossCollector().regularize(params, {"^dense/kernel$": jl.l1_regularizer(1.0)})
         assert losses.get_total_loss() == 6
+
+
+ATTENTION = ("query", "key", "value")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Dataclass:
+    query: object
+    key: object
+    value: object
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Module(Dataclass):
+    """A module as equinox makes it: a pytree with a static field, whose keys are attributes."""
+
+    width: int = 3
+
+    def get_value(self):
+        return self.value
+
+    unbox = add_axis = get_value
+
+    def tree_flatten_with_keys(self):
+        keys = map(jax.tree_util.GetAttrKey, ATTENTION)
+        return list(zip(keys, [self.query, self.key, self.value], strict=True)), self.width
+
+    @classmethod
+    def tree_unflatten(cls, width, children):
+        module = cls(*children)
+        module.width = width
+        return module
+
+
+class NnxModule(nnx.Module):
+    def __init__(self, query, key, value):
+        self.query, self.key, self.value = (
+            nnx.data(x) if isinstance(x, nnx.Module | nnx.Variable) else nnx.Param(x)
+            for x in (query, key, value)
+        )
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class OwnBox(nn.meta.AxisMetadata):
+    """A box that calls its content otherwise."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def unbox(self):
+        raise AssertionError("The array must stay where it is.")
+
+    replace_boxed = add_axis = remove_axis = unbox
+
+    def tree_flatten_with_keys(self):
+        return [(jax.tree_util.GetAttrKey("content"), self.content)], None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+class OpaqueBox(OwnBox):
+    """A box that is no pytree, so that its content is hidden from JAX."""
+
+
+CONTAINERS = {
+    "dict": lambda *leaves: dict(zip(ATTENTION, leaves, strict=True)),
+    "frozen dict": lambda *leaves: nn.FrozenDict(zip(ATTENTION, leaves, strict=True)),
+    "namedtuple": collections.namedtuple("Named", ATTENTION),
+    "dataclass": Dataclass,
+    "module": Module,
+    "list": lambda *leaves: list(leaves),
+    "tuple": lambda *leaves: leaves,
+    "haiku": lambda *leaves: {f"a/~/{k}": v for k, v in zip(ATTENTION, leaves, strict=True)},
+    "none": lambda *leaves: [dict(zip(ATTENTION, leaves, strict=True)), None],
+    "nnx": NnxModule,
+    "nnx state": lambda *leaves: nnx.state(NnxModule(*leaves)),
+    "pure nnx state": lambda *leaves: nnx.to_pure_dict(nnx.state(NnxModule(*leaves))),
+}
+NAMES = {
+    "list": ("0", "1", "2"),
+    "tuple": ("0", "1", "2"),
+    "haiku": tuple(f"a/~/{name}" for name in ATTENTION),
+    "none": tuple(f"0/{name}" for name in ATTENTION),
+}
+WRAPPERS = {
+    "plain": lambda x: x,
+    "Partitioned": lambda x: nn.Partitioned(x, ("model",)),
+    "LogicallyPartitioned": lambda x: nn.LogicallyPartitioned(x, ("model",)),
+    "nested boxes": lambda x: nn.Partitioned(nn.Partitioned(x, ("model",)), ("data",)),
+    "own box": OwnBox,
+    "variable": nnx.Param,
+    "box in variable": lambda x: nnx.Param(OwnBox(x)),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_path_names_every_parameter_of_every_container(container, wrapper):
+    names = NAMES.get(container, ATTENTION)
+    wrapped = [WRAPPERS[wrapper](jnp.full(1, scale)) for scale in (1.0, 10.0, 100.0)]
+    params = CONTAINERS[container](*wrapped)
+    if "nnx" not in container:
+        assert len(jax.tree.leaves(params)) == 3
+    patterns = {f"^{name}$": jl.l1_regularizer(1.0) for name in names}
+    losses = jl.LossCollector().regularize(params, patterns)
+    expected = dict(zip(patterns, (1.0, 10.0, 100.0), strict=True))
+    chex.assert_trees_all_equal(losses.get_regularization_losses(), expected)
+
+
+@pytest.mark.parametrize("outer", CONTAINERS)
+@pytest.mark.parametrize("inner", [name for name in CONTAINERS if "nnx" not in name])
+def test_a_path_names_every_parameter_of_nested_containers(outer, inner):
+    leaves = iter(jnp.full(1, 2.0**i) for i in range(9))
+    params = CONTAINERS[outer](*[CONTAINERS[inner](*[next(leaves) for _ in "abc"]) for _ in "abc"])
+    names = [f"{a}/{b}" for a in NAMES.get(outer, ATTENTION) for b in NAMES.get(inner, ATTENTION)]
+    patterns = {f"^{name}$": jl.l1_regularizer(1.0) for name in names}
+    losses = jl.LossCollector().regularize(params, patterns)
+    expected = {pattern: 2.0**i for i, pattern in enumerate(patterns)}
+    chex.assert_trees_all_equal(losses.get_regularization_losses(), expected)
+
+
+def test_boxes_hold_pytrees_and_may_be_hidden_from_jax():
+    pytree = {"value": jnp.ones(1), "steps": jnp.array(7)}
+    for box in (OwnBox(pytree), nn.Partitioned(pytree, ()), nnx.Param(pytree)):
+        losses = jl.LossCollector().regularize({"value": box}, {"^value/value$": jnp.sum})
+        assert losses.get_total_loss() == 1
+    both = {"hidden": OpaqueBox(jnp.ones(1)), "seen": jnp.ones(1)}
+    assert jl.LossCollector().regularize(both, {".": jnp.sum}).get_total_loss() == 1

@@ -1,5 +1,10 @@
 """Losses sown in linen and nnx, in all situations where Flax's own sow loses or doubles one."""
 
+import collections
+import copy
+import dataclasses
+import functools
+import pickle
 import warnings
 
 import chex
@@ -7,8 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from flax import nnx
+from flax import nnx, serialization
+from flax.training import train_state as train_state_lib
 
 import jaxlosses as jl
 import jaxlosses.flax as jlf
@@ -209,6 +216,194 @@ def test_linen_state_of_the_last_step_is_never_counted_again(module):
     chex.assert_trees_all_close(jlf.collect(eager), expected)
 
 
+def scan(function):
+    lifted = nn.scan(
+        lambda module, x, _: (function(module, x), None),
+        variable_axes={"losses": 0},
+        variable_broadcast="params",
+        split_rngs={"params": True},
+        length=1,
+    )
+    return lambda module, x: lifted(module, x, None)[0]
+
+
+def vmap(function):
+    lifted = nn.vmap(
+        function, variable_axes={"losses": 0, "params": None}, split_rngs={"params": False}
+    )
+    return lambda module, x: lifted(module, x[None])[0]
+
+
+LIFTS = {
+    "none": lambda f: f,
+    "remat": nn.remat,
+    "jit": nn.jit,
+    "scan": scan,
+    "vmap": vmap,
+    "scan of remat": lambda f: scan(nn.remat(f)),
+    "jit of vmap of scan": lambda f: nn.jit(vmap(scan(f))),
+    "cond": lambda f: lambda module, x: nn.cond(True, f, f, module, x),
+    "switch": lambda f: lambda module, x: nn.switch(0, [f, f], module, x),
+    "map_variables": lambda f: nn.map_variables(f, "params", mutable=True),
+    "custom_vjp": lambda f: nn.custom_vjp(f, lambda m, x: (f(m, x), ()), lambda *a: a[-2:]),
+    "vjp": lambda f: lambda module, x: nn.vjp(f, module, x, vjp_variables="params")[0],
+    "jvp": lambda f: lambda module, x: nn.jvp(f, module, (x,), (x,), variable_tangents={})[0],
+    "metadata": lambda f: nn.add_metadata_axis(f, variable_axes={"params": 0}),
+}
+
+
+class Sows(nn.Module):
+    """A loss, sown twice, within a lifted transformation of this module or of a child."""
+
+    lift: str = "none"
+    child: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        def run(module, x):
+            if self.child:
+                return module(x)
+            jlf.sow_loss(module, "aux", x)
+            jlf.sow_loss(module, "aux", 2 * x)
+            return 2 * x
+
+        return LIFTS[self.lift](run)(Sows(name="child") if self.child else self, x)
+
+
+class Nests(nn.Module):
+    """Other modules, fed with their own states, in a lifted transformation of this module."""
+
+    lift: str
+    inner: str
+    bind: bool
+
+    @nn.compact
+    def __call__(self, x):
+        def losses_of(state, x):
+            module = Sows(self.inner, child=self.inner == "scan")
+            if not self.bind:
+                return module.apply(state, x, mutable=COLLECTIONS)[1]
+            bound = module.bind(state, mutable=COLLECTIONS)
+            bound(x)
+            return bound.variables
+
+        def run(module, x):
+            jlf.sow_loss(module, "own", x)
+            state = {}
+            for _ in range(2):
+                state = losses_of(state, x)
+                jlf.sow_loss(module, "own", jlf.collect(state).get_total_loss())
+                # As a transformation of the outer module does with what passes through it.
+                state = jax.tree.map(lambda leaf: leaf, state)
+            return jlf.collect(losses_of(state, x)).get_total_loss()
+
+        return LIFTS[self.lift](run)(self, x)
+
+
+@pytest.mark.parametrize("child", [False, True])
+@pytest.mark.parametrize("lift", LIFTS)
+def test_linen_sows_the_same_in_every_lifted_transformation(lift, child):
+    state, module, one = {}, Sows(lift, child), jnp.float32(1)
+    for jit in (False, False, True, True):
+        apply = functools.partial(module.apply, mutable=COLLECTIONS)
+        for variables in ({}, state):
+            _, state = (jax.jit(apply) if jit else apply)(variables, one)
+            (found,) = jlf.collect(state).get_losses().values()
+            np.testing.assert_array_equal(jnp.ravel(found), [1, 2])
+
+
+@pytest.mark.parametrize("bind", [False, True])
+@pytest.mark.parametrize("inner", ["none", "jit", "scan"])
+@pytest.mark.parametrize("lift", LIFTS)
+def test_linen_inner_runs_replace_their_own_losses(lift, inner, bind):
+    one, state = jnp.float32(1), {}
+    for _ in range(2):
+        total, state = Nests(lift, inner, bind).apply(state, one, mutable=COLLECTIONS)
+        assert total == 3
+        own = jlf.collect(state).get_losses()["own"]
+        np.testing.assert_array_equal(jnp.ravel(own), [1, 3, 3])
+
+
+def test_linen_inner_runs_replace_their_own_losses_within_a_loop():
+    """A ``while_loop`` cannot carry losses that are sown, but its body may run other modules."""
+
+    class Loop(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            def body(module, carry):
+                i, _ = carry
+                _, state = Sows().apply({}, x, mutable=COLLECTIONS)
+                _, state = Sows().apply(state, x, mutable=COLLECTIONS)
+                return i + 1, jlf.collect(state).get_total_loss()
+
+            return nn.while_loop(lambda module, carry: carry[0] < 2, body, self, (0, 0.0))
+
+    assert Loop().apply({}, jnp.float32(1), mutable=COLLECTIONS)[0] == (2, 3)
+
+
+def test_linen_methods_that_are_jitted_lose_no_loss_of_other_methods():
+    """A program of ``nn.jit`` is traced in one run and used in the next."""
+
+    class Methods(nn.Module):
+        @nn.jit
+        def jitted(self):
+            jlf.sow_loss(self, "aux", 1.0)
+
+        def __call__(self, *calls):
+            for jitted in calls:
+                if jitted:
+                    self.jitted()
+                else:
+                    jlf.sow_loss(self, "aux", 10.0)
+
+    module, state = Methods(), {}
+    for calls in ([1, 0], [1, 0], [0, 1], [1], [0, 1], [1, 1], [0, 1, 1, 0], [1, 0, 1]):
+        expected = [1.0 if jitted else 10.0 for jitted in calls]
+        for variables in ({}, state):
+            _, state = module.apply(variables, *calls, mutable=COLLECTIONS)
+            np.testing.assert_array_equal(
+                jnp.ravel(jlf.collect(state).get_losses()["aux"]), expected
+            )
+
+
+def test_linen_bound_modules_are_one_run_until_they_are_bound_again():
+    one = jnp.float32(1)
+    bound = Sows().bind({}, mutable=COLLECTIONS)
+    bound(one)
+    jlf.sow_loss(bound, "aux", 5.0)  # Outside of its methods.
+    bound(one)
+    np.testing.assert_array_equal(jlf.collect(bound.variables).get_losses()["aux"], [1, 2, 5, 1, 2])
+    again = Sows().bind(bound.variables, mutable=COLLECTIONS)
+    jlf.sow_loss(again, "aux", 7.0)
+    assert jlf.collect(again.variables).get_total_loss() == 7
+
+
+def test_linen_runs_that_cannot_be_told_apart_are_refused():
+    one = jnp.float32(1)
+
+    class Part(nn.Module):
+        def setup(self):
+            self.part = Sows()
+
+    def call(module, x):
+        return module(x)
+
+    part = Part().bind({}, mutable=COLLECTIONS).part
+    part(one)
+    with pytest.raises(ValueError, match="aux cannot be sown in a lifted transformation of a part"):
+        nn.remat(call)(part, one)
+    assert nn.remat(call)(Part().bind({}).part, one) == 2  # Nothing is sown.
+
+
+def test_linen_state_can_be_copied():
+    one = jnp.float32(1)
+    _, state = Sows().apply({}, one, mutable=COLLECTIONS)
+    for same in (pickle.loads(pickle.dumps(state)), copy.deepcopy(state)):
+        chex.assert_trees_all_equal(jlf.collect(same), jlf.collect(state))
+        _, again = Sows().apply(same, one, mutable=COLLECTIONS)
+        chex.assert_trees_all_equal(jlf.collect(again), jlf.collect(state))
+
+
 def test_linen_gradients_flow_through_capture():
     variables = Encoder().init(jax.random.key(0), X)
 
@@ -397,9 +592,163 @@ def test_nnx_capture_takes_a_function_a_method_or_a_module():
         chex.assert_trees_all_equal(losses, found[0])
     several = jlf.capture(lambda x, m, other: other(m(x)))(X, model, Layer())[1]
     assert {"0/layers/0/square", "0/layers/1/square", "1/square"} < set(several.losses)
+    for wrong in (None, 3, nnx.Module()):
+        with pytest.raises(
+            ValueError, match="fn must be a function or a module that can be called"
+        ):
+            jlf.capture(wrong)
     for fn, args in ((lambda x: model(x), (X,)), (jnp.sum, (X,)), (lambda: None, ())):
         with pytest.raises(ValueError, match="fn must be an nnx module"):
             jlf.capture(fn)(*args)
+
+
+@dataclasses.dataclass
+class Bundle:
+    """No pytree."""
+
+    a: object
+    others: object
+    unset: object = dataclasses.field(init=False)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TreeBundle:
+    a: object
+    others: object
+
+
+class Holder(nnx.Pytree):
+    """A pytree of nnx that is no module, as an optimizer that holds its model."""
+
+    def __init__(self, a, others):
+        self.a, (self.b,) = a, others
+
+
+NamedBundle = collections.namedtuple("NamedBundle", ("a", "others"))
+# Ways to give modules a and b to a function of pytrees: what to capture and its arguments.
+WAYS = {
+    "arguments": lambda f, a, b: (f, (a, b), {}),
+    "keywords": lambda f, a, b: (f, (), {"z": a, "b": b}),
+    "tuple": lambda f, a, b: (f, (a, (b,)), {}),
+    "lists": lambda f, a, b: (f, ([[a], [None, [b]]],), {}),
+    "dict": lambda f, a, b: (f, ({"y": b, "x": a},), {}),
+    "keyword of a list": lambda f, a, b: (f, (a,), {"others": [X, b]}),
+    "namedtuple": lambda f, a, b: (f, (NamedBundle(a, [b]),), {}),
+    "dataclass": lambda f, a, b: (f, (Bundle(a, [b]),), {}),
+    "registered dataclass": lambda f, a, b: (f, (TreeBundle(a, [b]),), {}),
+    "nnx pytree": lambda f, a, b: (f, (Holder(a, [b]),), {}),
+    "partial": lambda f, a, b: (functools.partial(f, a), (b,), {}),
+    "partial of keywords": lambda f, a, b: (functools.partial(f, a, others={"b": b}), (), {}),
+    "partial of a partial": lambda f, a, b: (
+        functools.partial(jax.tree_util.Partial(f, a), others=[b]),
+        (),
+        {},
+    ),
+    "partial as an argument": lambda f, a, b: (f, (functools.partial(f, a), [b]), {}),
+    "method as an argument": lambda f, a, b: (f, (a.__call__, b.__call__), {}),
+    "twice": lambda f, a, b: (f, ([a, b], b, {"a": a}), {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nnx_capture_sees_modules_wherever_they_are_in_the_arguments(way):
+    a, b = Layers(), Layer()
+
+    def call(*args, **kwargs):
+        return b(a(X))
+
+    fn, args, kwargs = WAYS[way](call, a, b)
+    y, losses = jlf.capture(fn, expected=["0/layers/1/square", "1/square"])(*args, **kwargs)
+    expected_y, expected = jlf.capture(lambda a, b: b(a(X)))(a, b)
+    chex.assert_trees_all_equal((y, losses), (expected_y, expected))
+    assert set(losses.losses) == {
+        f"{n}/{k}" for n in ("0/layers/0", "0/layers/1", "1") for k in ("square", "masked")
+    }
+    for module in (a, b):
+        assert not any(hasattr(m, "__captures__") for _, m in nnx.iter_modules(module))
+
+
+@pytest.mark.parametrize(
+    "ways", [lambda a: (a, a), lambda a: ([a], {"a": a}), lambda a: (Bundle(a, a), a.__call__)]
+)
+def test_nnx_module_given_twice_is_one_module(ways):
+    a = Layers()
+    expected = jlf.capture(a)(X)[1]
+    chex.assert_trees_all_equal(jlf.capture(lambda *_: a(X))(*ways(a))[1], expected)
+
+
+def test_nnx_other_arguments_are_left_alone():
+    model = Layers()
+    expected = jlf.capture(model)(X)
+    for other in (
+        {1: X, "a": X},
+        {"a": {1: 2, None: 3}},
+        Bundle,
+        jnp.sum,
+        "a",
+        nnx.Rngs(0),
+        model.layers[0].kernel,
+    ):
+        found = jlf.capture(lambda model, x, other, **_: model(x))(model, X, other, option=other)
+        chex.assert_trees_all_equal(found, expected)
+    with pytest.raises(ValueError, match="Layer sows 'square' within capture"):
+        jlf.capture(lambda model, others: others[1](model(X)))(model, {1: Layer(), "a": 2})
+
+
+def test_nnx_dataclass_may_refer_to_itself():
+    bundle = Bundle(Layers(), None)
+    bundle.others = [bundle]
+    losses = jlf.capture(lambda bundle: bundle.others[0].a(X))(bundle)[1]
+    chex.assert_trees_all_equal(losses, jlf.capture(bundle.a)(X)[1])
+
+
+GLOBAL = Layer()
+
+
+def test_nnx_losses_that_capture_cannot_see_are_refused():
+    """Not those of modules that sow nothing, whatever a function closes over."""
+    model, other, silent = Layers(), Layer(), nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+    class Plain:
+        layer = other
+
+    class Method:
+        def method(self, model):
+            return other(model(X))
+
+    expected = jlf.capture(lambda model: silent(model(X)))(model)[1]
+    chex.assert_trees_all_equal(expected, jlf.capture(model)(X)[1])
+    for fn in (
+        lambda model: other(model(X)),
+        lambda model: GLOBAL(model(X)),
+        lambda model, plain=Plain: plain.layer(model(X)),
+        lambda model: Layer()(model(X)),
+        lambda model: nnx.jit(lambda: other(X))(),
+        lambda model: jax.tree.map(lambda _: other(X), [1]),
+        Method().method,
+    ):
+        with pytest.raises(
+            ValueError, match=r"module Layer sows 'square' within capture.*argument"
+        ):
+            jlf.capture(fn)(model)
+        jlf.capture(model)(X)
+    # Within a capture another one may run; outside of all, nothing happens.
+    both = jlf.capture(lambda model: jlf.capture(other)(model(X))[1])(model)
+    assert set(both[0].losses) == {"square", "masked"}
+    assert set(both[1].losses) == set(expected.losses)
+    other(X)
+
+
+def test_linen_capture_takes_a_partial():
+    variables = Encoder().init(jax.random.key(0), X)
+    expected = jlf.capture(Encoder().apply)(variables, X)
+    for fn, args in (
+        (functools.partial(Encoder().apply), (variables, X)),
+        (functools.partial(Encoder().apply, variables), (X,)),
+        (functools.partial(Encoder().apply, mutable=False), (variables, X)),
+    ):
+        chex.assert_trees_all_equal(jlf.capture(fn)(*args), expected)
 
 
 def test_nnx_capture_leaves_nothing_on_a_module_when_it_fails():
@@ -523,3 +872,47 @@ def test_linen_capture_does_not_collect_losses_of_an_earlier_apply():
 
     _, state = Sometimes().apply({}, X, True, mutable=COLLECTIONS)
     assert jlf.capture(Sometimes().apply)(state, X, False)[1].losses == {}
+
+
+STATES = {
+    "mean": jl.WeightedMean(jnp.float32(3), jnp.float32(2)),
+    "mean with axes": jl.WeightedMean(jnp.arange(3.0), jnp.ones(3)),
+    "empty": jl.LossCollector(),
+    "collector": jl.LossCollector()
+    .add_loss("encoder/xent", jl.WeightedMean(jnp.arange(3.0), jnp.ones(3)))
+    .add_loss("a", 2.0)
+    .add_regularization_loss("kernel$", 0.5),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_flax_saves_and_restores_the_pytrees(name):
+    class TrainState(train_state_lib.TrainState):
+        losses: object
+
+    train_state = functools.partial(
+        TrainState.create, apply_fn=None, params={"w": jnp.ones(2)}, tx=optax.sgd(0.1)
+    )
+    value = STATES[name]
+    zeros = jax.tree.map(jnp.zeros_like, value)
+    for saved, target in (
+        (value, zeros),
+        ({"a": [value]}, {"a": [zeros]}),
+        (train_state(losses=value), train_state(losses=zeros)),
+    ):
+        restored = serialization.from_bytes(target, serialization.to_bytes(saved))
+        assert jax.tree.structure(restored) == jax.tree.structure(saved)
+        chex.assert_trees_all_equal(restored, saved)
+        state = serialization.to_state_dict(saved)
+        chex.assert_trees_all_equal(serialization.from_state_dict(target, state), saved)
+    assert not any(key.startswith("_") for key in serialization.to_state_dict(value))
+
+
+def test_flax_restores_no_losses_of_other_names():
+    losses = jl.LossCollector().add_loss("a", 1.0)
+    state = serialization.to_state_dict(losses)
+    for target in (jl.LossCollector(), losses.add_loss("b", 1.0), losses.losses["a"]):
+        with pytest.raises(ValueError, match=r"must have the names of the saved state.*at losses"):
+            serialization.from_state_dict(target, state, name="losses")
+    with pytest.raises(ValueError, match="must have the names of the saved state"):
+        serialization.from_state_dict(losses, {"losses": state["losses"]})

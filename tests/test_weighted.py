@@ -1,6 +1,8 @@
 """The lift, WeightedMean, and what belongs to single losses."""
 
+import copy
 import functools
+import pickle
 
 import chex
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from jax.experimental import checkify
+from jax.sharding import PartitionSpec
 
 import jaxlosses as jl
 
@@ -91,6 +94,65 @@ def test_means_add_up_exactly():
         jl.WeightedMean(jnp.arange(3.0), jnp.ones(3))
     )
     np.testing.assert_array_equal(mapped.value, np.ones(3))
+
+
+WRONG = {
+    "string": "a",
+    "none": None,
+    "complex": 1j,
+    "complex array": jnp.ones((), jnp.complex64),
+    "complex of numpy": np.complex64(1),
+    "key": jax.random.key(0),
+    "strings": np.array("a"),
+    "object": np.array(None),
+    "list": [1.0],
+    "type": float,
+    "shape": jax.ShapeDtypeStruct((), jnp.float32),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mean_of_what_is_no_number_is_refused_where_it_is_used(name):
+    wrong, one = WRONG[name], jl.WeightedMean(1.0, 1.0)
+    for mean, part in (
+        (jl.WeightedMean(wrong, 1.0), "total"),
+        (jl.WeightedMean(1.0, wrong), "count"),
+    ):
+        for use in (
+            lambda mean=mean: mean.value,
+            lambda mean=mean: mean + one,
+            lambda mean=mean: one + mean,
+            lambda mean=mean: one.merge(mean),
+            lambda mean=mean: sum([mean, one]),
+            lambda mean=mean: jax.jit(lambda x: (mean + jl.WeightedMean(x, x)).value)(1.0),
+        ):
+            with pytest.raises(ValueError, match=rf"^WeightedMean\.{part} must be"):
+                use()
+
+
+def test_a_mean_holds_any_leaves():
+    """JAX and other libraries put shapes, shardings and flags into pytrees."""
+    mean = jl.WeightedMean(jnp.ones(2), jnp.ones(2))
+    shapes = jax.eval_shape(lambda: mean)
+    assert shapes.total.shape == (2,)
+    for leaf in (None, "a", object(), PartitionSpec("data"), jnp.sum, True):
+        assert jax.tree.map(lambda _, leaf=leaf: leaf, mean) == jl.WeightedMean(leaf, leaf)
+    mapped = jax.vmap(lambda m: m, in_axes=(jl.WeightedMean(0, 0),), out_axes=jl.WeightedMean(0, 0))
+    chex.assert_trees_all_equal(mapped(mean), mean)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.int32, jnp.bfloat16, np.float32])
+def test_means_of_any_dtype_are_counted(dtype):
+    one = jl.WeightedMean(np.ones((), dtype), np.ones((), dtype))
+    two = one + one
+    assert (two.total, two.count, two.value) == (2, 2, 1)
+
+
+def test_a_mean_can_be_pickled():
+    mean = jl.WeightedMean(jnp.arange(3.0), jnp.ones(3))
+    for same in (pickle.loads(pickle.dumps(mean)), copy.deepcopy(mean), copy.copy(mean)):
+        assert isinstance(same, jl.WeightedMean)
+        chex.assert_trees_all_equal(same, mean)
 
 
 def test_the_numbers_of_the_document():
