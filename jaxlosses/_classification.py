@@ -117,7 +117,7 @@ def hinge_loss(
     inputs = as_floats(logits=logits, labels=labels)
 
     def formula(x: Array, y: Array) -> Array:
-        return jax.nn.relu(1 - _times_logit(2 * y - 1, x))
+        return jax.nn.relu(1 - times_logit(2 * y - 1, x))
 
     return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
 
@@ -324,7 +324,7 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 
 
 @jax.custom_jvp
-def _times_logit(y: Array, x: Array) -> Array:
+def times_logit(y: Array, x: Array) -> Array:
     """``y * x``, and 0 where ``y`` is 0 and ``x`` is infinite.
 
     The derivative with respect to ``y`` is taken as 0 where ``x`` is infinite.
@@ -332,10 +332,10 @@ def _times_logit(y: Array, x: Array) -> Array:
     return jnp.where((y == 0) & jnp.isinf(x), 0, y * x)
 
 
-@_times_logit.defjvp
+@times_logit.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (y, x), (y_tangent, x_tangent) = primals, tangents
-    return _times_logit(y, x), y * x_tangent + _finite(x) * y_tangent
+    return times_logit(y, x), y * x_tangent + _finite(x) * y_tangent
 
 
 @jax.custom_jvp
@@ -411,10 +411,10 @@ def _expected(y: Array, log_sum_exp_shifted: Array, x: Array, max_logit: Array) 
     def in_one_pass(y: Array, log_sum_exp: Array, x: Array, max_logit: Array) -> Array:
         # Not of shifted logits, which XLA would keep in memory from the pass before.
         surprise = log_sum_exp - (x - max_logit)
-        return sum_of(_times_logit(y, _replace_new_nan(surprise, x, log_sum_exp)), y.ndim - 1)
+        return sum_of(times_logit(y, _replace_new_nan(surprise, x, log_sum_exp)), y.ndim - 1)
 
     def with_exponentials(y: Array, log_sum_exp: Array, x: Array, max_logit: Array) -> Array:
-        expected_logit = sum_of(_times_logit(y, shifted(x, max_logit)), y.ndim - 1)
+        expected_logit = sum_of(times_logit(y, shifted(x, max_logit)), y.ndim - 1)
         return log_sum_exp[..., 0] * sum_of(y, y.ndim - 1) - expected_logit
 
     # A CPU has a pass for each sum. Elsewhere sums that do not wait for log_sum_exp share its pass.

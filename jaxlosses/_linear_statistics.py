@@ -25,6 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching
 
 from jaxlosses._blocks import BlockPlan, BlockSlice, Side, auto_sharded, matmul, spec_of
+from jaxlosses._classification import shifted, times_logit
 from jaxlosses._masking import where
 from jaxlosses._primitive import define_primitive, with_axis_in_front
 from jaxlosses._reduce import max_and_pick, sum_of
@@ -83,7 +84,7 @@ class Layer:
         log_sum_exp_shifted = block.take("tokens", residuals.log_sum_exp_shifted)[..., None]
         # Infinity marks a masked token. Not even a NaN in the kernel may reach its derivative.
         x = self.capped(jnp.where(jnp.isposinf(log_sum_exp_shifted), 0, x))
-        softmax = jnp.exp((x - max_logit) - log_sum_exp_shifted)
+        softmax = jnp.exp(shifted(x, max_logit) - log_sum_exp_shifted)
         terms = [softmax, jnp.where(self.is_label(block, x, residuals.labels), x, 0)]
         terms += [x / self.classes] if self.label_smoothing else []
         return [jnp.sum(term, -1) for term in terms]
@@ -104,7 +105,7 @@ def logit_statistics(
         carry = [zeros - jnp.inf, *[zeros] * (3 if layer.label_smoothing else 2)]
         step = functools.partial(_join, layer, hidden, kernel, bias, labels)
         max_logit, sum_exp, label_logit, *mean = layer.plan.loop(step, carry)
-        return [max_logit, jnp.log(sum_exp), label_logit - max_logit, *mean]
+        return [max_logit, jnp.log(sum_exp), shifted(label_logit, max_logit), *mean]
 
     specs = [spec_of(hidden, -1)] * (4 if layer.label_smoothing else 3)
     statistics = auto_sharded(loop, [hidden, kernel, bias, labels], specs)
@@ -127,15 +128,12 @@ def _join(
     x = layer.capped(layer.logits(block, hidden, kernel, bias))
     block_max, picked = max_and_pick(x, layer.is_label(block, x, labels))
     max_logit = jnp.maximum(max_before, block_max)
-    # Where all logits so far are minus infinity, to subtract their maximum would give NaN.
-    shift_before, shift = (jnp.where(jnp.isneginf(m), 0, m) for m in (max_before, max_logit))
-    shifted = x - shift[..., None]
-    sum_exp = sum_exp * jnp.exp(max_before - shift) + sum_of(jnp.exp(shifted), x.ndim - 1)
+    # What there is so far is relative to the maximum of the blocks before.
+    correction, x = shifted(max_before, max_logit), shifted(x, max_logit[..., None])
+    sum_exp = sum_exp * jnp.exp(correction) + sum_of(jnp.exp(x), x.ndim - 1)
     if mean:
-        # The mean so far is relative to the maximum of the blocks before.
-        num_before = jnp.asarray(block.indices("classes", 1)[0], x.dtype)
-        correction = (shift_before - shift) * (num_before / layer.classes)
-        mean = [mean[0] + correction + sum_of(shifted, x.ndim - 1) / layer.classes]
+        fraction = jnp.asarray(block.indices("classes", 1)[0], x.dtype) / layer.classes
+        mean = [mean[0] + times_logit(fraction, correction) + sum_of(x, x.ndim - 1) / layer.classes]
     parts = [max_logit, sum_exp, label_logit + picked, *mean]
     return [block.put("tokens", c, p) for c, p in zip(carry, parts, strict=True)]
 
@@ -153,7 +151,7 @@ def _statistics_jvp(layer: Layer, primals: Any, tangents: Any) -> tuple[Any, Any
         return statistics, [jnp.zeros_like(s) for s in statistics]
     # An absent token is masked if its logits or their derivatives would not be finite.
     finite = jnp.isfinite(jnp.sum(jnp.square(hidden.astype(max_logit.dtype)), -1))
-    usable = present | (finite & jnp.isfinite(log_sum_exp_shifted))
+    usable = present | (finite & jnp.isfinite(max_logit) & jnp.isfinite(log_sum_exp_shifted))
 
     def mask(x: Array) -> Array:
         return where(usable, x, jnp.zeros_like(x))

@@ -355,7 +355,7 @@ MUTANTS = {
     ),
     "leave a wrong call to JAX": (
         TYPING,
-        "arguments = _bind(function, signature, args, kwargs)",
+        "arguments = _bind(function.__name__, signature, args, kwargs)",
         "arguments = signature.bind(*args, **kwargs).arguments",
         "mean_squared_error",
         "wrong_calls_name_the_function",
