@@ -224,13 +224,19 @@ def _split(batch: Any, num_microbatches: int) -> Any:
             f"num_microbatches={num_microbatches}, got {rows} rows"
         )
 
-    def cut(leaf: Any) -> Array:
-        leaf = jnp.asarray(leaf)
+    def cut(path: Any, leaf: Any) -> Array:
+        whole, leaf = leaf, jnp.asarray(leaf)
+        has_integers = isinstance(whole, np.ndarray) and whole.dtype.kind in "iu"
+        if has_integers and whole.dtype != leaf.dtype and np.any(np.asarray(leaf) != whole):
+            raise ValueError(
+                f"batch{jax.tree_util.keystr(path)} must hold integers of {leaf.dtype}, to which "
+                f"JAX cuts them, got integers from {whole.min()} to {whole.max()}"
+            )
         # This order leaves every row on its device where rows are sharded.
         split = leaf.reshape(rows // num_microbatches, num_microbatches, *leaf.shape[1:])
         return jnp.swapaxes(split, 0, 1)
 
-    return jax.tree.map(cut, batch)
+    return jax.tree_util.tree_map_with_path(cut, batch)
 
 
 def _with_totals(counts: LossCollector, totals: LossCollector) -> LossCollector:

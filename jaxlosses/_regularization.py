@@ -47,7 +47,7 @@ def l1_regularizer(scale: float) -> Regularizer:
         3.5
     """
     _check_scale(scale)
-    return _L1(scale)
+    return _Regularizer("l1_regularizer", scale, scale, absolute_difference)
 
 
 def l2_regularizer(scale: float) -> Regularizer:
@@ -75,39 +75,29 @@ def l2_regularizer(scale: float) -> Regularizer:
         6.25
     """
     _check_scale(scale)
-    return _L2(scale)
+    return _Regularizer("l2_regularizer", scale, scale / 2, mean_squared_error)
 
 
-# Classes, so that they can be pickled. Two of them are equal only if they are one: a traced scale
-# can be neither compared nor hashed.
+# A class, so that it can be pickled. Two of them are equal only if they are one: a traced scale can
+# be neither compared nor hashed.
 @dataclasses.dataclass(frozen=True, eq=False)
-class _L1:
-    """See ``jaxlosses.l1_regularizer``."""
+class _Regularizer:
+    """See ``jaxlosses.l1_regularizer`` and ``jaxlosses.l2_regularizer``."""
 
-    scale: float
+    name: str
+    scale: Any
+    factor: Any
+    loss: Callable[..., Array]
 
     @checked_call
     def __call__(self, w: ArrayLike) -> Array:
         w = as_array("w", w)
-        return self.scale * absolute_difference(w, jnp.zeros_like(w), reduction="sum")
+        loss = self.loss(w, jnp.zeros_like(w), reduction="sum")
+        # In the precision of the parameters, whatever that of the factor is.
+        return loss * jnp.asarray(self.factor, loss.dtype)
 
     def __repr__(self) -> str:
-        return f"l1_regularizer({self.scale})"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _L2:
-    """See ``jaxlosses.l2_regularizer``."""
-
-    scale: float
-
-    @checked_call
-    def __call__(self, w: ArrayLike) -> Array:
-        w = as_array("w", w)
-        return self.scale / 2 * mean_squared_error(w, jnp.zeros_like(w), reduction="sum")
-
-    def __repr__(self) -> str:
-        return f"l2_regularizer({self.scale})"
+        return f"{self.name}({self.scale})"
 
 
 def matching_parameters(params: Any, pattern: str) -> list[Array]:

@@ -427,3 +427,19 @@ def test_pad_batch_adds_rows_that_are_not_present():
         jl.pad_batch(np.ones(4), 8.0)
     with pytest.raises(ValueError, match="leading axes of one length"):
         jl.pad_batch([np.ones(4), np.ones(3)], 5)
+
+
+def test_integers_that_jax_would_cut_are_refused():
+    """2**32 would become class 0."""
+    batch = {"logits": np.zeros((4, 3), np.float32), "labels": np.array([0, 1, 2, 2**32])}
+
+    def loss_fn(scale, batch):
+        logits = scale * batch["logits"]
+        xent = jl.sparse_softmax_cross_entropy(logits, batch["labels"], reduction="parts")
+        return jl.LossCollector().add_loss("xent", xent)
+
+    step = jl.accumulate_value_and_grad(loss_fn, 2)
+    with pytest.raises(ValueError, match=r"labels.*4294967296"):
+        step(jnp.float32(1), batch)
+    batch["labels"] %= 3
+    assert jnp.isfinite(step(jnp.float32(1), batch)[0][0])

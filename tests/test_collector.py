@@ -552,3 +552,14 @@ def test_boxes_hold_pytrees_and_may_be_hidden_from_jax():
         assert losses.get_total_loss() == 1
     both = {"hidden": OpaqueBox(jnp.ones(1)), "seen": jnp.ones(1)}
     assert jl.LossCollector().regularize(both, {".": jnp.sum}).get_total_loss() == 1
+
+
+def test_a_regularizer_has_the_precision_of_its_parameters():
+    with jax.enable_x64(True):
+        for scale in (np.float64(0.5), jnp.float64(0.5), 0.5):
+            for regularizer in (jl.l1_regularizer, jl.l2_regularizer):
+                single, double = np.ones(3, np.float32), np.ones(3)
+                assert regularizer(scale)(single).dtype == jnp.float32
+                assert regularizer(scale)(double).dtype == jnp.float64
+                traced = jax.jit(lambda s, r=regularizer, w=single: r(s)(w))(scale)
+                assert traced.dtype == jnp.float32
