@@ -26,13 +26,18 @@ too unless the loss is not finite. The count is not differentiable.
 
 With ``axis_name``, sum and count run over that mapped axis (or axes) as well.
 
-**Dtypes.** Arithmetic and results are float32, or float64 where an input is. Integers and booleans
-are read as float32. Gradients have the dtype of what they belong to.
+**Infinite logits** are classes that are certain or ruled out: to be right costs 0, to be wrong costs
+infinity, and gradients are those of a large logit. There, a label's derivative is 0.
+
+**Dtypes.** Arithmetic and results are float32, or float64 where an input or an array of weights is;
+a Python number asks for neither. Integers and booleans are read as numbers of that precision.
+Gradients have the dtype of what they belong to.
 
 **Options** (all that is keyword-only and no array) are Python values, fixed when a program is
 compiled. Those of a function that :func:`weighted` lifts may be traced.
 
-**Errors.** Arguments that cannot be meant raise a ``ValueError`` that names them.
+**Errors.** An argument that cannot be meant raises a ``ValueError`` that names it. A wrong call (an
+unknown keyword, a missing argument) raises a ``TypeError`` that names the function.
 """
 
 from jaxlosses._accumulate import accumulate_value_and_grad as accumulate_value_and_grad
