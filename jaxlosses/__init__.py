@@ -26,7 +26,7 @@ too unless the loss is not finite. The count is not differentiable.
 
 With ``axis_name``, sum and count run over that mapped axis (or axes) as well.
 
-**Infinite logits** are classes that are certain or ruled out: to be right costs 0, to be wrong costs
+**Infinite logits** are classes that are certain or ruled out: to be right costs 0, to be wrong
 infinity, and gradients are those of a large logit. There, a label's derivative is 0.
 
 **Dtypes.** Arithmetic and results are float32, or float64 where an input or an array of weights is;
