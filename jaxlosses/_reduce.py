@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.core import ShapedArray
 from jax.interpreters import ad, batching, mlir
 
-from jaxlosses._primitive import define_primitive
+from jaxlosses._primitive import define_primitive, with_axis_in_front
 from jaxlosses._reduce_cpu import reduce_together
 
 _SUMS = ("sum", "sum and count")  # The other operations are "max" and "max and pick".
@@ -88,7 +88,7 @@ def _reduce_separately(
     results = [jnp.sum(x, axes) if operation in _SUMS else jnp.max(x, axes)]
     if operation == "sum and count":
         copies = num_copies(mask.shape[num_kept_axes:], x.shape[num_kept_axes:], x.dtype)
-        results.append(jnp.broadcast_to(count(mask, axes, x.dtype) * copies, results[0].shape))
+        results.append(count(mask, axes, x.dtype) * copies)
     if operation == "max and pick":
         results.append(jnp.sum(jnp.where(mask, x, 0), axes))
     return results
@@ -145,11 +145,8 @@ def _lower_on_cpu(ctx: Any, *arguments: Any, **params: Any) -> Any:
 
 def _reduce_batch(arguments: Any, axes: Any, *, operation: str, num_kept_axes: int) -> Any:
     """Under ``vmap`` there is one more axis that is kept."""
-    x, mask = arguments
-    size = next(a.shape[i] for a, i in zip(arguments, axes, strict=True) if i is not None)
-    x = batching.bdim_at_front(x, axes[0], size)
-    mask = mask[None] if axes[1] is None else jnp.moveaxis(mask, axes[1], 0)
-    results = _reduce_p.bind(x, mask, operation=operation, num_kept_axes=num_kept_axes + 1)
+    arguments = with_axis_in_front(arguments, axes)
+    results = _reduce_p.bind(*arguments, operation=operation, num_kept_axes=num_kept_axes + 1)
     return results, [0] * len(results)
 
 

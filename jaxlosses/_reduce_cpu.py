@@ -40,7 +40,7 @@ def reduce_together(x: Array, mask: Array, *, operation: str, num_kept_axes: int
         # a transposed product. It does not know that this factor is a constant.
         one = lax.optimization_barrier(np.ones((), x.dtype))
         bits = lax.bitcast_convert_type(x * one, jnp.int32 if x.dtype.itemsize == 4 else jnp.int64)
-        integers = lax.select(jnp.broadcast_to(mask, x.shape), bits, lax.full_like(bits, 0))
+        integers = lax.select(mask, bits, lax.full_like(bits, 0))
     else:
         # In this order, or XLA would keep all the ones of an unused mask in memory.
         integers = lax.convert_element_type(jnp.broadcast_to(mask, x.shape), jnp.int32)
