@@ -8,6 +8,8 @@ from arguments import cases
 
 import jaxlosses as jl
 
+# The programs that a user gets are the subject.
+pytestmark = pytest.mark.usefixtures("full_optimization")
 CASES = {name: case for name, case in cases(jl).items() if not case.computes}
 EVEN, ODD = (2048, 8192), (331, 65537)  # Two blocks in a row; a row that no block divides.
 
