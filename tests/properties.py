@@ -72,6 +72,7 @@ def vmap_is_a_loop(case: Case) -> None:
         close(gradient, jnp.sum(expected, 0) if i in shared else expected, rtol=1e-4, atol=1e-5)
 
 
+@jax.disable_jit()
 def finite_differences_agree(case: Case) -> None:
     values = [*case.draw(), case.weights()]
     positions = every_argument(case)
@@ -85,6 +86,7 @@ def finite_differences_agree(case: Case) -> None:
     check_grads(loss, points, 1, rtol=2e-2, atol=2e-2)
 
 
+@jax.disable_jit()
 def value_and_derivative_are_of_the_same_inputs(case: Case) -> None:
     """Whatever is absent, and even if a loss depends on it."""
     values, weights = case.draw(), case.weights()
@@ -116,6 +118,7 @@ def second_order_is_symmetric(case: Case) -> None:
         close(upper, lower.T, rtol=1e-4, atol=1e-5)
 
 
+@jax.disable_jit()
 def weights_of_zero_can_be_learned(case: Case) -> None:
     """Through the gradient too: learning to reweight examples differentiates it at zero."""
     values, zeros = case.draw(), jnp.zeros(case.losses_shape)
@@ -173,6 +176,7 @@ def ones_are_the_default(case: Case) -> None:
         close(loss, expected)
 
 
+@jax.disable_jit()
 def masks_are_weights(case: Case) -> None:
     values, mask = case.draw(), case.weights() != 0
     gradient = jax.jit(jax.value_and_grad(case.loss, case.floats))
