@@ -12,9 +12,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Nearly all of the time goes into programs that run once. So XLA optimises its graph as always, but
-# LLVM does not optimise what comes out of it, and no process compiles what another one has compiled
-# in the same run.
+# Nearly all of the time goes into programs that run once. So XLA optimises its graph as always, and
+# makes the same kernels and buffers, but LLVM does not optimise the code of a kernel. No process
+# compiles what another one has compiled in the same run.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -37,7 +37,7 @@ def pytest_collection_finish():
 
 @pytest.fixture(scope="module")
 def full_optimization():
-    """For tests of the program that a user gets: how fast, how large or how accurate it is."""
+    """For tests of the digits that a user gets."""
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", False)
     yield

@@ -25,7 +25,8 @@ def every_argument(case: Case) -> tuple[int, ...]:
 
 
 # To compile takes nearly all of the time. A property compiles few programs and calls them with all
-# that it has to try, and these two are compiled once for all properties.
+# that it has to try, and these two are compiled once for all properties. Some properties compute
+# operation by operation, because operations are the same in all losses.
 @functools.cache
 def reduced(case: Case) -> Callable[..., Any]:
     """The loss in all reductions."""
@@ -49,6 +50,9 @@ def jit_is_eager_with_one_trace(case: Case) -> None:
             with jax.disable_jit():
                 eager = loss(*values, weights)
             close(jitted(*values, weights), eager, rtol=1e-5, atol=1e-5)
+    with jax.disable_jit():
+        eager = differentiated(case)(*values, weights)
+    close(differentiated(case)(*values, weights), eager, rtol=1e-5, atol=1e-5)
 
 
 def vmap_is_a_loop(case: Case) -> None:
@@ -56,20 +60,24 @@ def vmap_is_a_loop(case: Case) -> None:
     axes = (*case.of_each(lambda _: 0, [None] * len(case.inputs)), 0)
     columns = zip(zip(*draws, strict=True), axes, strict=True)
     stacked = [c[0] if axis is None else jnp.stack(c) for c, axis in columns]
-    for function in (reduced(case), differentiated(case)):
-        loop = [function(*draw) for draw in draws]
-        loop = jax.tree.map(lambda *x: jnp.stack(x), *loop)
-        close(jax.jit(jax.vmap(function, axes))(*stacked), loop, rtol=1e-5)
-    _, loop = loop[TOTALS.index("mean")]
+    mean = functools.partial(case.loss, reduction="mean")
 
     def total(*some):
-        mean = functools.partial(case.loss, reduction="mean")
         return jnp.sum(jax.vmap(mean, axes)(*some))
 
+    @jax.jit
+    def mapped(*some):
+        each = [jax.vmap(f, axes)(*some) for f in (reduced(case), differentiated(case))]
+        return each, jax.grad(total, every_argument(case))(*some)
+
+    each, of_total = mapped(*stacked)
+    loop = [[f(*draw) for f in (reduced(case), differentiated(case))] for draw in draws]
+    loop = jax.tree.map(lambda *x: np.stack(x), *loop)
+    close(each, loop, rtol=1e-5)
+    _, of_mean = loop[1][TOTALS.index("mean")]
     shared = [i for i in every_argument(case) if axes[i] is None]
-    found = jax.jit(jax.grad(total, every_argument(case)))(*stacked)
-    for i, gradient, expected in zip(every_argument(case), found, loop, strict=True):
-        close(gradient, jnp.sum(expected, 0) if i in shared else expected, rtol=1e-4, atol=1e-5)
+    for i, gradient, expected in zip(every_argument(case), of_total, of_mean, strict=True):
+        close(gradient, np.sum(expected, 0) if i in shared else expected, rtol=1e-4, atol=1e-5)
 
 
 @jax.disable_jit()

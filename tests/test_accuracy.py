@@ -8,7 +8,6 @@ import pytest
 import jaxlosses as jl
 
 RNG = np.random.default_rng(0)
-# Of the programs that a user gets.
 pytestmark = pytest.mark.usefixtures("full_optimization")
 
 
