@@ -17,7 +17,7 @@ IMPOSSIBLE = {"class id": (-1, CLASSES, -CLASSES, 2**31 - 1)}
 NOT_A_NUMBER = (np.nan, np.inf, -np.inf)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # So that it can be a key.
 class Case:
     """A loss, the inputs that it takes, and the shape of its losses."""
 
@@ -67,7 +67,7 @@ class Case:
             mask = np.asarray(weights == 0)
             mask = mask.reshape(mask.shape + (1,) * (value.ndim - mask.ndim))
             filler = label if spec.domain == "class id" else rubbish
-            hidden.append(jnp.where(mask, jnp.asarray(filler, value.dtype), value))
+            hidden.append(jnp.asarray(np.where(mask, np.asarray(filler, value.dtype), value)))
         return hidden
 
     @property

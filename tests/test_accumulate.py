@@ -52,6 +52,7 @@ def loss_fn(params, batch):
     return losses.regularize(params, {"a": jl.l2_regularizer(0.1)})
 
 
+@jax.jit
 def whole(params, batch):
     def total(params):
         losses = loss_fn(params, batch)

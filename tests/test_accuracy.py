@@ -13,6 +13,7 @@ import jaxlosses as jl
 
 RNG = np.random.default_rng(0)
 INF = np.inf
+pytestmark = pytest.mark.usefixtures("full_optimization")
 
 
 def logsumexp(x):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from arguments import cases, lifted_cases
 from properties import PROPERTIES
+from test_properties import CASES
 
 import jaxlosses as jl
 
@@ -393,7 +394,7 @@ def test_mutant_is_caught(mutation, tmp_path, monkeypatch):
     mutant = importlib.import_module(package)
     case = (cases(mutant) | lifted_cases(mutant))[loss]
     check = BY_NAME[noticed_by]
-    check((cases(jl) | lifted_cases(jl))[loss])
+    assert loss in CASES  # So test_properties.py finds that the right package has the property.
     # JAX itself refuses some; a NameError would be a mutant that says nothing.
     with pytest.raises((AssertionError, ValueError, TypeError, OverflowError)):
         check(case)

@@ -17,7 +17,8 @@ EXAMPLE = HERE.parent / "examples" / "evaluate_on_pod.py"
 
 def run(*commands):
     """Run commands at the same time, and return what each of them prints."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+    environment = os.environ | settings
     started = [
         subprocess.Popen(
             [sys.executable, *map(str, command)],

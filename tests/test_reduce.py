@@ -69,7 +69,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_sums_and_counts_are_right_for_any_shape(shape):
+def test_sums_and_counts_are_right_for_any_shape(shape, full_optimization):
     rng = np.random.default_rng(0)
     losses = np.asarray(rng.normal(size=shape), np.float32)
     full = np.asarray(rng.random(shape) * (rng.random(shape) > 0.3), np.float32)
@@ -90,7 +90,7 @@ def test_sums_and_counts_are_right_for_any_shape(shape):
 @pytest.mark.parametrize(
     "shape", [(3, 1_000_001), (1_000_001, 3), (1, 4097), (3, 65_537), (5, 2, 3)], ids=str
 )
-def test_reductions_of_rows_are_right_for_any_length(shape):
+def test_reductions_of_rows_are_right_for_any_length(shape, full_optimization):
     """A loss reduces each row of logits with the same primitive."""
     logits = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     labels = np.zeros(shape[:-1], np.int32)
@@ -101,7 +101,7 @@ def test_reductions_of_rows_are_right_for_any_length(shape):
     np.testing.assert_allclose(losses, expected, rtol=2e-6, atol=2e-7)
 
 
-def test_counts_past_the_integers_of_float32_are_exact():
+def test_counts_past_the_integers_of_float32_are_exact(full_optimization):
     """A float32 that is counted up one by one cannot grow past 2**24."""
     keep = jnp.ones(2**24 + 2, bool)
     parts = jl.compute_weighted_loss(jnp.ones(keep.shape), keep, reduction="parts")
