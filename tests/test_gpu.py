@@ -59,7 +59,10 @@ COMBINATIONS = [
 
 
 # XLA reads one input once more where both gradients are wanted at a time.
-READS_ONCE_MORE = {("mean_pairwise_squared_error", "full", "gradients", "float32")}
+READS_ONCE_MORE = {
+    (name, "full", "gradients", "float32")
+    for name in ("mean_pairwise_squared_error", "softmax_cross_entropy")
+}
 
 
 @functools.cache
