@@ -158,31 +158,23 @@ def finite_at_extremes_and_at_a_perfect_fit(case: Case) -> None:
 
 def infinite_logits_rule_classes_out(case: Case) -> None:
     """As large ones do: what costs much there costs infinity, and gradients are the same."""
-    names = list(case.inputs)
-    given = inspect.signature(case.loss).parameters
-    for name in (n for n, spec in case.inputs.items() if spec.domain == "logit"):
-        position = names.index(name)
-        for sign, is_certain, smoothing in itertools.product((1, -1), (True, False), (0, 0.1, 1)):
-            options = {"label_smoothing": smoothing} if "label_smoothing" in given else {}
-            loss = functools.partial(case.loss, reduction="sum", **options)
-            gradient = jax.jit(jax.value_and_grad(loss, case.floats))
-            values = [
-                certain(v, spec.domain) if is_certain else v
-                for v, spec in zip(case.draw(), case.inputs.values(), strict=True)
-            ]
-            for place in np.ndindex(values[position].shape[1:]):
-                found, expected = (
-                    gradient(
-                        *(
-                            v.at[(0, *place)].set(sign * size) if i == position else v
-                            for i, v in enumerate(values)
-                        )
-                    )
-                    for size in (jnp.inf, 1e8)
-                )
-                close(found[0], jnp.where(expected[0] > 1e4, jnp.inf, expected[0]), rtol=1e-5)
-                close(found[1][position], expected[1][position], rtol=1e-5)
-                assert not any(jnp.isnan(g).any() for g in found[1])
+    positions = [i for i, spec in enumerate(case.inputs.values()) if spec.domain == "logit"]
+    is_smoothed = "label_smoothing" in inspect.signature(case.loss).parameters
+    drawn, domains = case.draw(), [spec.domain for spec in case.inputs.values()]
+    nearest = [certain(*pair) for pair in zip(drawn, domains, strict=True)]
+    for i, smoothing in itertools.product(positions, (0, 0.1, 1) if is_smoothed else (None,)):
+        options = {} if smoothing is None else {"label_smoothing": smoothing}
+        loss = functools.partial(case.loss, reduction="sum", **options)
+        gradient = jax.jit(jax.value_and_grad(loss, case.floats))
+        places = np.ndindex(drawn[i].shape[1:])
+        for values, sign, place in itertools.product((drawn, nearest), (1, -1), places):
+            found, expected = (
+                gradient(*values[:i], values[i].at[(0, *place)].set(sign * size), *values[i + 1 :])
+                for size in (np.inf, 1e8)
+            )
+            close(found[0], np.where(expected[0] > 1e4, np.inf, expected[0]), rtol=1e-5)
+            close(found[1][i], expected[1][i], rtol=1e-5)
+            assert not any(np.isnan(g).any() for g in found[1])
 
 
 def offsets_cost_no_digits(case: Case) -> None:
