@@ -75,20 +75,15 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
     names = list(signature.parameters)
     arrays = {name: spec for name in names if (spec := _array_spec(hints[name]))}
     options = [name for name in names if name not in arrays]
-    read_as_floats = [name for name, spec in arrays.items() if spec.domain != "class id"]
     jitted = jax.jit(function, static_argnames=options)
-
-    def prepared(name: str, value: Any) -> Any:
-        if name in read_as_floats:
-            return keep_wide(name, value)
-        if name not in options:
-            return value
-        return as_option(name, value)
+    prepare = dict.fromkeys(options, as_option)
+    prepare |= {name: keep_wide for name, spec in arrays.items() if spec.domain != "class id"}
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        positional = [prepared(*pair) for pair in zip(names, args, strict=False)]
-        named = {name: prepared(name, value) for name, value in kwargs.items()}
+        pairs = zip(names, args, strict=False)
+        positional = [prepare[n](n, v) if n in prepare else v for n, v in pairs]
+        named: Any = {n: prepare[n](n, v) if n in prepare else v for n, v in kwargs.items()}
         try:
             return jitted(*positional, *args[len(names) :], **named)
         except TypeError:
@@ -166,7 +161,7 @@ def keep_wide(name: str, value: Any) -> Any:
     Raises:
         ValueError: naming the argument, if it is an integer that is too large for a float.
     """
-    if not isinstance(value, np.ndarray | np.integer | int):
+    if not isinstance(value, (np.ndarray, np.integer, int)):
         return value
     narrow = jax.dtypes.canonicalize_dtype(np.int64)
     if not isinstance(value, int):
