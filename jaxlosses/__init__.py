@@ -27,7 +27,8 @@ too unless the loss is not finite. The count is not differentiable.
 With ``axis_name``, sum and count run over that mapped axis (or axes) as well.
 
 **Infinite logits** are classes that are certain or ruled out: to be right costs 0, to be wrong
-infinity, and gradients are those of a large logit. There, a label's derivative is 0.
+infinity, and gradients are those of a large logit. There, derivatives of labels and of z-losses are
+taken as 0. Equal infinities that are the largest logits of a row share the probability.
 
 **Dtypes.** Arithmetic and results are float32, or float64 where an input or an array of weights is;
 a Python number asks for neither. Integers and booleans are read as numbers of that precision.
@@ -40,21 +41,42 @@ compiled. Those of a function that :func:`weighted` lifts may be traced.
 unknown keyword, a missing argument) raises a ``TypeError`` that names the function.
 """
 
-from jaxlosses._accumulate import accumulate_value_and_grad as accumulate_value_and_grad
-from jaxlosses._accumulate import pad_batch as pad_batch
-from jaxlosses._classification import hinge_loss as hinge_loss
-from jaxlosses._classification import log_loss as log_loss
-from jaxlosses._classification import sigmoid_cross_entropy as sigmoid_cross_entropy
-from jaxlosses._classification import softmax_cross_entropy as softmax_cross_entropy
-from jaxlosses._classification import sparse_softmax_cross_entropy as sparse_softmax_cross_entropy
-from jaxlosses._collector import LossCollector as LossCollector
-from jaxlosses._linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
-from jaxlosses._mean import WeightedMean as WeightedMean
-from jaxlosses._regression import absolute_difference as absolute_difference
-from jaxlosses._regression import compute_weighted_loss as compute_weighted_loss
-from jaxlosses._regression import cosine_distance as cosine_distance
-from jaxlosses._regression import mean_pairwise_squared_error as mean_pairwise_squared_error
-from jaxlosses._regression import mean_squared_error as mean_squared_error
-from jaxlosses._regularization import l1_regularizer as l1_regularizer
-from jaxlosses._regularization import l2_regularizer as l2_regularizer
-from jaxlosses._weighted import weighted as weighted
+from jaxlosses._accumulate import accumulate_value_and_grad
+from jaxlosses._accumulate import pad_batch
+from jaxlosses._classification import hinge_loss
+from jaxlosses._classification import log_loss
+from jaxlosses._classification import sigmoid_cross_entropy
+from jaxlosses._classification import softmax_cross_entropy
+from jaxlosses._classification import sparse_softmax_cross_entropy
+from jaxlosses._collector import LossCollector
+from jaxlosses._linear import linear_softmax_cross_entropy
+from jaxlosses._mean import WeightedMean
+from jaxlosses._regression import absolute_difference
+from jaxlosses._regression import compute_weighted_loss
+from jaxlosses._regression import cosine_distance
+from jaxlosses._regression import mean_pairwise_squared_error
+from jaxlosses._regression import mean_squared_error
+from jaxlosses._regularization import l1_regularizer
+from jaxlosses._regularization import l2_regularizer
+from jaxlosses._weighted import weighted
+
+__all__ = [
+    "LossCollector",
+    "WeightedMean",
+    "absolute_difference",
+    "accumulate_value_and_grad",
+    "compute_weighted_loss",
+    "cosine_distance",
+    "hinge_loss",
+    "l1_regularizer",
+    "l2_regularizer",
+    "linear_softmax_cross_entropy",
+    "log_loss",
+    "mean_pairwise_squared_error",
+    "mean_squared_error",
+    "pad_batch",
+    "sigmoid_cross_entropy",
+    "softmax_cross_entropy",
+    "sparse_softmax_cross_entropy",
+    "weighted",
+]

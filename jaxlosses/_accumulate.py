@@ -184,7 +184,9 @@ def pad_batch(batch: Any, size: int) -> tuple[Any, Any]:
         widths = [(0, size - rows)] + [(0, 0)] * (leaf.ndim - 1)
         return (np if isinstance(leaf, np.ndarray) else jnp).pad(leaf, widths)
 
-    return jax.tree_util.tree_map_with_path(pad, batch), np.arange(size) < rows
+    present = np.zeros(size, bool)
+    present[:rows] = True
+    return jax.tree_util.tree_map_with_path(pad, batch), present
 
 
 def _check_params(params: Any) -> None:

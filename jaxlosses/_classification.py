@@ -68,7 +68,7 @@ def log_loss(
         0.6931
     """
     inputs = as_floats(predictions=predictions, labels=labels)
-    check_number("epsilon", epsilon)
+    epsilon = check_number("epsilon", epsilon)
 
     def formula(p: Array, y: Array) -> Array:
         # XLA would add 1 and epsilon first, whose sum has one digit of epsilon left.
@@ -161,7 +161,7 @@ def sigmoid_cross_entropy(
         0.3466
     """
     inputs = as_floats(logits=logits, labels=labels)
-    check_number("label_smoothing", label_smoothing, 1)
+    label_smoothing = check_number("label_smoothing", label_smoothing, largest=1)
 
     def formula(x: Array, y: Array) -> Array:
         return _binary_cross_entropy(x, y * (1 - label_smoothing) + label_smoothing / 2)
@@ -185,7 +185,8 @@ def softmax_cross_entropy(
     $$l = -\sum_c y_c \log \text{softmax}(x)_c + z \left(\log \sum_c e^{x_c}\right)^2,
     \quad y_c \leftarrow y_c (1 - s) + s / C$$
 
-    A logit of minus infinity where the label is 0 is a class ruled out, and costs nothing.
+    A logit of minus infinity where the label is 0 is a class ruled out, and costs nothing. With
+    label smoothing no label is 0.
 
     A row of labels that are all 0 (the one-hot of -100, or of a place to ignore) has no class, and
     counts as a loss of 0. To make such places absent, weigh each by the sum of its labels.
@@ -219,8 +220,8 @@ def softmax_cross_entropy(
     """
     inputs = as_floats(logits=logits, labels=labels)
     _check_classes(inputs[0])
-    check_number("label_smoothing", label_smoothing, 1)
-    check_number("z_loss", z_loss)
+    label_smoothing = check_number("label_smoothing", label_smoothing, largest=1)
+    z_loss = check_number("z_loss", z_loss)
 
     def formula(x: Array, y: Array) -> Array:
         y = y * (1 - label_smoothing) + label_smoothing / size_of(x.shape[-1:], x.dtype)
@@ -285,8 +286,8 @@ def sparse_softmax_cross_entropy(
     """
     (logits,) = as_floats(logits=logits)
     _check_classes(logits)
-    check_number("label_smoothing", label_smoothing, 1)
-    check_number("z_loss", z_loss)
+    label_smoothing = check_number("label_smoothing", label_smoothing, largest=1)
+    z_loss = check_number("z_loss", z_loss)
     labels, weights = class_ids(labels, weights, logits.shape, ignore_index)
 
     def formula(x: Array, y: Array) -> Array:
@@ -347,10 +348,21 @@ def _times_log(y: Array, p: Array) -> Array:
 @_times_log.defjvp
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (y, p), (y_tangent, p_tangent) = primals, tangents
-    both_zero = (y == 0) & (p == 0)
-    of_y = jnp.where(both_zero, 0, jnp.log(p))
-    of_p = jnp.where(both_zero, 0, y / p)
-    return _times_log(y, p), of_y * y_tangent + of_p * p_tangent
+    of_y = jnp.where((y == 0) & (p == 0), 0, jnp.log(p))
+    return _times_log(y, p), of_y * y_tangent + _ratio(y, p) * p_tangent
+
+
+@jax.custom_jvp
+def _ratio(y: Array, p: Array) -> Array:
+    """``y / p``, and 0 where both are 0. Its derivative needs no square of a small ``p``."""
+    return jnp.where((y == 0) & (p == 0), 0, y / p)
+
+
+@_ratio.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (y, p), (y_tangent, p_tangent) = primals, tangents
+    ratio, inverse = _ratio(y, p), jnp.where((y == 0) & (p == 0), 0, 1 / p)
+    return ratio, inverse * y_tangent - ratio * (inverse * p_tangent)
 
 
 def _finite(x: Array) -> Array:
@@ -394,10 +406,21 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
     (x, max_logit), (x_tangent, _) = primals, tangents
     log_sum_exp_shifted = _log_sum_exp_shifted(x, max_logit)
     # From the logits again: to keep what the value had would take as much memory as the logits.
-    log_sum_exp = log_sum_exp_shifted[..., None]
-    log_softmax = _replace_new_nan((x - max_logit[..., None]) - log_sum_exp, x, -log_sum_exp)
-    softmax = jnp.exp(log_softmax)
+    softmax = jnp.exp(_log_softmax(x, max_logit[..., None], log_sum_exp_shifted[..., None]))
     return log_sum_exp_shifted, jnp.sum(softmax * x_tangent, axis=-1)
+
+
+@jax.custom_jvp
+def _log_softmax(x: Array, max_logit: Array, log_sum_exp_shifted: Array) -> Array:
+    # Not of shifted logits, which XLA on a CPU would keep in memory from the value.
+    log_softmax = (x - max_logit) - log_sum_exp_shifted
+    return _replace_new_nan(log_softmax, x, -log_sum_exp_shifted)
+
+
+@_log_softmax.defjvp
+def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    x_tangent, _, log_sum_exp_tangent = tangents
+    return _log_softmax(*primals), x_tangent - log_sum_exp_tangent
 
 
 @jax.custom_jvp
@@ -457,10 +480,11 @@ def class_losses(
 
 
 def z_losses(max_logit: Array, log_sum_exp_shifted: Array, z_loss: float) -> Array:
-    """The square of log-sum-exp; where it is infinite, its derivative is taken as 0."""
+    """The square of log-sum-exp; where that is infinite, its derivative is taken as 0."""
     log_sum_exp = max_logit + log_sum_exp_shifted
-    square = z_loss * jnp.square(_finite(log_sum_exp))
-    return jnp.where(jnp.isinf(log_sum_exp), jnp.inf, square)
+    finite = _finite(log_sum_exp)
+    # In this order a factor that is small keeps the square from overflowing.
+    return jnp.where(jnp.isinf(log_sum_exp), jnp.inf, z_loss * finite * finite)
 
 
 def _check_classes(logits: Array) -> None:

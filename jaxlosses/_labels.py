@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from jaxlosses._kernel import align
 from jaxlosses._primitive import define_primitive
-from jaxlosses._typing import as_array, check_integer, is_integer
+from jaxlosses._typing import as_array, check_integer, check_unmasked, is_integer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,6 +50,7 @@ def _narrow(labels: Any, options: dict[str, Any]) -> Any:
     if type(labels) is int:
         narrow = jax.dtypes.canonicalize_dtype(int)
     elif isinstance(labels, np.ndarray | np.integer):
+        check_unmasked("labels", labels)
         narrow = jax.dtypes.canonicalize_dtype(labels.dtype)
         if narrow == labels.dtype or not np.issubdtype(narrow, np.integer):
             return labels

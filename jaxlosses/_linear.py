@@ -66,7 +66,8 @@ def linear_softmax_cross_entropy(
         kernel: Real numbers ``[features, classes]``.
         labels: Integers ``[batch, d1, ..., dN]`` or ``[batch, d1, ..., dN, 1]``.
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
-        bias: Real numbers ``[classes]``, the $b$ above.
+        bias: Real numbers ``[classes]``, the $b$ above; minus infinity rules a class out, unless
+            there is a soft cap, which makes it $-a$.
         label_smoothing: The $s$ above, from 0 to 1.
         z_loss: The $z$ above, not negative; keeps the logits from drifting.
         logit_soft_cap: The $a$ above, from 1e-30 to 1e30; logits stay between $-a$ and $a$.
@@ -110,13 +111,11 @@ def linear_softmax_cross_entropy(
     hidden, kernel, bias = in_floats(hidden, kernel, bias)
     if bias.shape != (classes,):
         raise ValueError(f"bias must have shape ({classes},), got {bias.shape}")
-    check_number("label_smoothing", label_smoothing, 1)
-    check_number("z_loss", z_loss)
+    label_smoothing = check_number("label_smoothing", label_smoothing, largest=1)
+    z_loss = check_number("z_loss", z_loss)
     if logit_soft_cap is not None:
         # Outside of these limits, logits divided by the cap would underflow or overflow.
-        check_number("logit_soft_cap", logit_soft_cap, 1e30)
-        if logit_soft_cap < 1e-30:
-            raise ValueError(f"logit_soft_cap must be at least 1e-30, got {logit_soft_cap!r}")
+        logit_soft_cap = check_number("logit_soft_cap", logit_soft_cap, 1e-30, 1e30)
     shape = (*hidden.shape[:-1], classes)
     labels, weights = class_ids(labels, weights, shape, ignore_index)
     if precision(hidden, kernel, bias, weights=weights) == jnp.float64:

@@ -149,6 +149,7 @@ def as_array(name: str, value: Any) -> Array:
     """``value`` as a real array; ``ValueError`` naming the argument if it is none."""
     if not isinstance(value, _ARRAYS):
         raise ValueError(f"{name} must be an array or a number, got {type(value).__name__}")
+    check_unmasked(name, value)
     dtype = getattr(value, "dtype", np.dtype(type(value)))
     if jnp.issubdtype(dtype, jnp.complexfloating) or not _is_number(dtype):
         raise ValueError(f"{name} must be real, got dtype {dtype}")
@@ -163,6 +164,7 @@ def keep_wide(name: str, value: Any) -> Any:
     """
     if not isinstance(value, (np.ndarray, np.integer, int)):
         return value
+    check_unmasked(name, value)
     narrow = jax.dtypes.canonicalize_dtype(np.int64)
     if not isinstance(value, int):
         is_cut = value.dtype.kind in "iu" and value.dtype.itemsize > narrow.itemsize
@@ -175,6 +177,15 @@ def keep_wide(name: str, value: Any) -> Any:
         raise ValueError(
             f"{name} must fit into a float, got an integer of {value.bit_length()} bits"
         ) from None
+
+
+def check_unmasked(name: str, value: Any) -> None:
+    """``ValueError`` if ``value`` is a masked array of NumPy."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(
+            f"{name} must be an array without a mask, got a masked array of NumPy; give its data, "
+            f"and weights that are 0 where it is masked"
+        )
 
 
 def as_floats(**arrays: ArrayLike) -> list[Array]:
@@ -247,9 +258,11 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def check_number(name: str, value: Any, largest: float = _LARGEST) -> None:
-    """``ValueError`` unless ``value`` is a number from 0 to the largest, by default float32's."""
+def check_number(name: str, value: Any, smallest: float = 0, largest: float = _LARGEST) -> float:
+    """``value`` as a float; ``ValueError`` unless it is in these limits, which a float32 holds."""
     real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not real or not 0 <= value <= largest:
-        bound = "not be negative" if largest == _LARGEST else f"be from 0 to {largest}"
-        raise ValueError(f"{name} must be a finite number and {bound}, got {value!r}")
+    if not real or not smallest <= value <= largest:
+        raise ValueError(
+            f"{name} must be a number from {smallest:.3g} to {largest:.3g}, got {value!r}"
+        )
+    return float(value)

@@ -20,6 +20,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 from flax import nnx, serialization, traverse_util
 from flax.core.scope import union_filters
@@ -61,8 +62,8 @@ def sow_loss(
 
     Args:
         module: The module, of linen or of nnx.
-        name: The name of the loss within the module, without ``/``. It must not be the name of an
-            attribute or submodule.
+        name: The name of the loss within the module, without ``/``. It must not be the name of a
+            submodule, or in nnx of an attribute.
         value: A scalar, an array of losses, all of which count, or a ``WeightedMean``.
         regularization: Whether it is a loss of the parameters.
 
@@ -279,8 +280,9 @@ def _capture(modules: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
     """
     if not modules:
         raise ValueError(
-            "fn must be an nnx module, a method of one, a function of nnx modules, or the apply "
-            "of a linen module"
+            "fn must be an nnx module, a method of one, a function with nnx modules in its "
+            "arguments (in pytrees or dataclasses, not closed over), or the apply of a linen "
+            "module itself; no module was found"
         )
     for _, module in nnx.iter_modules(modules):
         if hasattr(module, "__captures__"):
@@ -401,6 +403,11 @@ def _from_state(fields: tuple[str, ...], target: Any, state: dict[str, Any]) -> 
 
     Flax itself would drop what a dictionary of the target does not have.
     """
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"the saved state of a {type(target).__name__} must be a dictionary, got {state!r} at "
+            f"{serialization.current_path()}"
+        )
     children = _children(fields, target)
     for expected, found in ((children, state), *((v, state.get(k)) for k, v in children.items())):
         if isinstance(expected, dict) and expected.keys() != set(found or ()):
@@ -413,10 +420,21 @@ def _from_state(fields: tuple[str, ...], target: Any, state: dict[str, Any]) -> 
     return type(target)(*restored.values())
 
 
-for _class, _fields in ((WeightedMean, ("total", "count")), (LossCollector, KINDS)):
+for _class, _fields in (
+    (WeightedMean, ("total", "count")),
+    (LossCollector, KINDS),
+    (_Sown, ("means",)),
+):
     serialization.register_serialization_state(
         _class,
         functools.partial(_to_state, _fields),
         functools.partial(_from_state, _fields),
         override=True,  # This module may be reloaded.
     )
+# A program that was saved belongs to no run.
+jax.export.register_pytree_node_serialization(
+    _Sown,
+    serialized_name=f"{__name__}.Sown",
+    serialize_auxdata=lambda is_current: b"",
+    deserialize_auxdata=lambda saved: False,
+)

@@ -165,16 +165,26 @@ def infinite_logits_rule_classes_out(case: Case) -> None:
     for i, smoothing in itertools.product(positions, (0, 0.1, 1) if is_smoothed else (None,)):
         options = {} if smoothing is None else {"label_smoothing": smoothing}
         loss = functools.partial(case.loss, reduction="sum", **options)
-        gradient = jax.jit(jax.value_and_grad(loss, case.floats))
+        direction = case.draw(7)[i]
+
+        @jax.jit
+        def gradients(*values, i=i, loss=loss, direction=direction):
+            def of_logits(x):
+                return jax.grad(loss, i)(*values[:i], x, *values[i + 1 :])
+
+            second = jax.jvp(of_logits, (values[i],), (direction,))[1]
+            return *jax.value_and_grad(loss, case.floats)(*values), second
+
         places = np.ndindex(drawn[i].shape[1:])
         for values, sign, place in itertools.product((drawn, nearest), (1, -1), places):
             found, expected = (
-                gradient(*values[:i], values[i].at[(0, *place)].set(sign * size), *values[i + 1 :])
+                gradients(*values[:i], values[i].at[(0, *place)].set(sign * size), *values[i + 1 :])
                 for size in (np.inf, 1e8)
             )
             close(found[0], np.where(expected[0] > 1e4, np.inf, expected[0]), rtol=1e-5)
             close(found[1][i], expected[1][i], rtol=1e-5)
             assert not any(np.isnan(g).any() for g in found[1])
+            close(found[2], expected[2], rtol=1e-4, atol=1e-5)
 
 
 def offsets_cost_no_digits(case: Case) -> None:
@@ -619,6 +629,7 @@ def wrong_arguments_are_named(case: Case) -> None:
     values = case.draw()
     rubbish = [None, "three", object(), b"three", np.array(["three"]), np.ones((), complex)]
     rubbish += [1j, [1.0], (1.0,), {}, np.array([None]), jax.random.key(0)]
+    rubbish += [np.ma.masked_array([1.0, 2.0], [False, True])]
     for i, name in enumerate((*case.inputs, "weights")):
         given = "weights" if name == "weights" else f"inputs[{i}]" if case.is_lifted else name
         is_label = i < len(values) and i not in case.floats
@@ -640,6 +651,11 @@ def wrong_arguments_are_named(case: Case) -> None:
 def wide_integers_keep_their_size(case: Case) -> None:
     """JAX would cut them to 32 bits, or refuse a number of Python."""
     values, large = case.draw(), 2**40
+    for option in {"epsilon", "z_loss", "logit_soft_cap"} & {
+        *inspect.signature(case.loss).parameters
+    }:
+        wide, exact = (case.loss(*values, **{option: number}) for number in (large, 2.0**40))
+        np.testing.assert_array_equal(wide, exact)
     expected = case.loss(*values, jnp.float32(large))
     for weight in (large, np.int64(large), np.array(large), np.full(case.losses_shape, large)):
         close(case.loss(*values, weight), expected)

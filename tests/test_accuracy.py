@@ -102,6 +102,31 @@ def test_log_loss_without_epsilon_is_zero_at_a_perfect_fit():
     assert jl.log_loss(sides, 1 - sides, epsilon=0.0) == jnp.inf
 
 
+def test_second_derivatives_of_a_log_loss_need_no_square_of_epsilon():
+    def loss(p, y):
+        return jl.log_loss(p[None], y[None], epsilon=1e-20)
+
+    for side in (0.0, 1.0):
+        hessian = jax.hessian(loss)(jnp.float32(side), jnp.float32(side))
+        np.testing.assert_allclose(hessian, 1, rtol=1e-6)
+
+
+def test_a_z_loss_of_large_logits_overflows_only_if_it_is_too_large_itself():
+    logits = np.array([[1.9e19, 0, 0], [3e38, 0, 0]], np.float32)
+    for loss, labels in (
+        (jl.sparse_softmax_cross_entropy, jnp.array([0, 0])),
+        (jl.softmax_cross_entropy, jnp.eye(3)[jnp.array([0, 0])]),
+    ):
+        for i, z_loss in ((0, 1e-4), (0, 1e-30), (1, 1e-4)):
+            value, gradient = jax.value_and_grad(loss)(
+                logits[i : i + 1], labels[i : i + 1], z_loss=z_loss
+            )
+            size = np.float64(logits[i, 0])
+            exact = z_loss * size**2
+            np.testing.assert_allclose(value, exact if exact < 3e38 else INF, rtol=1e-6)
+            np.testing.assert_allclose(gradient, [[2 * z_loss * size, 0, 0]], rtol=1e-6, atol=1e-7)
+
+
 def test_infinite_logits_and_soft_labels():
     """The limits of the formulas, at every option."""
     logits = jnp.array([-INF, -INF, -INF, INF, INF, INF])

@@ -10,6 +10,7 @@ import warnings
 import chex
 import flax.linen as nn
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -916,3 +917,26 @@ def test_flax_restores_no_losses_of_other_names():
             serialization.from_state_dict(target, state, name="losses")
     with pytest.raises(ValueError, match="must have the names of the saved state"):
         serialization.from_state_dict(losses, {"losses": state["losses"]})
+
+
+def test_variables_with_sown_losses_are_saved_and_exported():
+    model = Twice()
+    variables = model.init(jax.random.key(0), X)
+
+    @jax.jit
+    def run(variables, x):
+        return model.apply(variables, x, mutable=COLLECTIONS)[1]
+
+    sown = run(variables, X)
+    expected = jlf.collect(sown)
+    blank = jax.tree.map(jnp.zeros_like, sown)
+    restored = serialization.from_bytes(blank, serialization.to_bytes(sown))
+    exported = jax.export.export(run)(variables, X)
+    reloaded = jax.export.deserialize(exported.serialize())
+    for found in (restored, reloaded.call(variables, X)):
+        chex.assert_trees_all_equal(jlf.collect(found), expected)
+        # They are of an earlier run, which the next one replaces.
+        again = run({**variables, **found}, X)
+        chex.assert_trees_all_equal(jlf.collect(again), expected)
+    with pytest.raises(ValueError, match="must be a dictionary, got 5"):
+        serialization.from_state_dict(expected, 5)

@@ -219,11 +219,15 @@ def test_z_loss_is_the_squared_log_normalizer():
         (jl.log_loss, {"epsilon": -1e-7}, "epsilon.*-1e-07"),
         (jl.cosine_distance, {"axis": 2}, "axis.*rank 2.*2"),
         (jl.cosine_distance, {"axis": None}, "axis must be an integer, got None"),
-        (jl.log_loss, {"epsilon": None}, "epsilon must be a finite number"),
-        (jl.log_loss, {"epsilon": float("inf")}, "epsilon must be a finite number"),
+        (jl.log_loss, {"epsilon": None}, "epsilon must be a number from 0"),
+        (jl.log_loss, {"epsilon": float("inf")}, "epsilon must be a number from 0"),
         (jl.softmax_cross_entropy, {"label_smoothing": True}, "label_smoothing.*True"),
         (jl.softmax_cross_entropy, {"z_loss": jnp.float32(1)}, "z_loss must be a Python value"),
-        (jl.softmax_cross_entropy, {"z_loss": 1e39}, "z_loss must be a finite number.*1e\\+39"),
+        (
+            jl.softmax_cross_entropy,
+            {"z_loss": 1e39},
+            "z_loss must be a number from 0 to 3.4e\\+38.*1e\\+39",
+        ),
         (jl.log_loss, {"reduction": ["mean"]}, r"reduction must be a Python value.*\['mean'\]"),
     ],
 )
