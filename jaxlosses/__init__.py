@@ -41,23 +41,25 @@ compiled. Those of a function that :func:`weighted` lifts may be traced.
 unknown keyword, a missing argument) raises a ``TypeError`` that names the function.
 """
 
-from jaxlosses._accumulate import accumulate_value_and_grad
-from jaxlosses._accumulate import pad_batch
-from jaxlosses._classification import hinge_loss
-from jaxlosses._classification import log_loss
-from jaxlosses._classification import sigmoid_cross_entropy
-from jaxlosses._classification import softmax_cross_entropy
-from jaxlosses._classification import sparse_softmax_cross_entropy
+from jaxlosses._accumulate import accumulate_value_and_grad, pad_batch
+from jaxlosses._classification import (
+    hinge_loss,
+    log_loss,
+    sigmoid_cross_entropy,
+    softmax_cross_entropy,
+    sparse_softmax_cross_entropy,
+)
 from jaxlosses._collector import LossCollector
 from jaxlosses._linear import linear_softmax_cross_entropy
 from jaxlosses._mean import WeightedMean
-from jaxlosses._regression import absolute_difference
-from jaxlosses._regression import compute_weighted_loss
-from jaxlosses._regression import cosine_distance
-from jaxlosses._regression import mean_pairwise_squared_error
-from jaxlosses._regression import mean_squared_error
-from jaxlosses._regularization import l1_regularizer
-from jaxlosses._regularization import l2_regularizer
+from jaxlosses._regression import (
+    absolute_difference,
+    compute_weighted_loss,
+    cosine_distance,
+    mean_pairwise_squared_error,
+    mean_squared_error,
+)
+from jaxlosses._regularization import l1_regularizer, l2_regularizer
 from jaxlosses._weighted import weighted
 
 __all__ = [
