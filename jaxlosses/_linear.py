@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlosses._blocks import BlockSize, plan_blocks
-from jaxlosses._classification import class_losses
 from jaxlosses._kernel import reduce_losses
 from jaxlosses._labels import class_ids, nan_if_impossible, with_wide_labels
 from jaxlosses._linear_statistics import Layer, logit_statistics
+from jaxlosses._logits import class_losses
 from jaxlosses._primitive import vary_alike
 from jaxlosses._typing import (
     AxisName,

@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching
 
 from jaxlosses._blocks import BlockPlan, BlockSlice, Side, auto_sharded, matmul, spec_of
-from jaxlosses._classification import shifted, times_logit
+from jaxlosses._logits import shifted, times_logit
 from jaxlosses._masking import where
 from jaxlosses._primitive import define_primitive, with_axis_in_front
 from jaxlosses._reduce import max_and_pick, sum_of

@@ -19,7 +19,7 @@ SOURCE = Path(jl.__file__).parent
 KERNEL, MASKING, MEAN, LABELS = "_kernel.py", "_masking.py", "_mean.py", "_labels.py"
 REDUCE, REDUCE_CPU, TYPING = "_reduce.py", "_reduce_cpu.py", "_typing.py"
 LIFT = "_weighted.py"
-REGRESSION, CLASSES = "_regression.py", "_classification.py"
+REGRESSION, CLASSES, LOGITS = "_regression.py", "_classification.py", "_logits.py"
 BY_NAME = {check.__name__: check for check in PROPERTIES}
 
 MUTANTS = {
@@ -216,8 +216,8 @@ MUTANTS = {
     ),
     "forget epsilon": (
         CLASSES,
-        "_times_log(y, p + epsilon)",
-        "_times_log(y, p)",
+        "times_log(y, p + epsilon)",
+        "times_log(y, p)",
         "log_loss",
         "finite_at_extremes_and_at_a_perfect_fit",
     ),
@@ -229,7 +229,7 @@ MUTANTS = {
         "finite_at_extremes_and_at_a_perfect_fit",
     ),
     "logarithm of a sigmoid": (
-        CLASSES,
+        LOGITS,
         "jax.nn.softplus(wrong)",
         "-jnp.log(jax.nn.sigmoid(-wrong))",
         "sigmoid_cross_entropy",
@@ -278,21 +278,21 @@ MUTANTS = {
         "impossible_labels_are_nan",
     ),
     "take infinity from infinity": (
-        CLASSES,
+        LOGITS,
         "jnp.where(jnp.isnan(result) & jnp.isinf(x), replacement, result)",
         "result",
         "sparse_softmax_cross_entropy",
         "infinite_logits_rule_classes_out",
     ),
     "multiply an infinite logit by 0": (
-        CLASSES,
+        LOGITS,
         "jnp.where(probability == 0, 0, product)",
         "product",
         "sigmoid_cross_entropy",
         "infinite_logits_rule_classes_out",
     ),
     "let a NaN that counts be a certain class": (
-        CLASSES,
+        LOGITS,
         "jnp.isnan(result) & jnp.isinf(x)",
         "jnp.isnan(result)",
         "softmax_cross_entropy",
