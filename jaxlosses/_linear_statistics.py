@@ -57,6 +57,11 @@ class Layer:
     soft_cap: float | None
     label_smoothing: bool
 
+    @property
+    def num_statistics(self) -> int:
+        """How many statistics a token has; the mean logit is one where labels are smoothed."""
+        return 4 if self.label_smoothing else 3
+
     def logits(self, block: BlockSlice, hidden: Array, kernel: Array, bias: Array) -> Array:
         """The logits of a block, before the soft cap."""
         x = matmul(
@@ -102,12 +107,12 @@ def logit_statistics(
 
     def loop(hidden: Array, kernel: Array, bias: Array, labels: Array) -> list[Array]:
         zeros = jnp.sum(jnp.zeros_like(hidden, precision(hidden, kernel, bias)), -1)
-        carry = [zeros - jnp.inf, *[zeros] * (3 if layer.label_smoothing else 2)]
+        carry = [zeros - jnp.inf, *[zeros] * (layer.num_statistics - 1)]
         step = functools.partial(_join, layer, hidden, kernel, bias, labels)
         max_logit, sum_exp, label_logit, *mean = layer.plan.loop(step, carry)
         return [max_logit, jnp.log(sum_exp), shifted(label_logit, max_logit), *mean]
 
-    specs = [spec_of(hidden, -1)] * (4 if layer.label_smoothing else 3)
+    specs = [spec_of(hidden, -1)] * layer.num_statistics
     statistics = auto_sharded(loop, [hidden, kernel, bias, labels], specs)
     # JAX's vmap asks that values are mapped over every axis over which their derivatives are. The
     # derivatives use the mask, so the values are made to depend on it too.
@@ -191,7 +196,7 @@ def linear_jvp(*arrays: Array, layer: Layer, wrt: tuple[str, ...], batches: Any)
         return jax.vmap(jvp, axes)(*arrays)
     loop = functools.partial(_jvp_loop, layer, wrt)
     residuals, _ = _by_name(arrays, wrt)
-    specs = [spec_of(residuals.max_logit)] * (3 if layer.label_smoothing else 2)
+    specs = [spec_of(residuals.max_logit)] * (layer.num_statistics - 1)
     return auto_sharded(loop, arrays, specs)
 
 
@@ -208,7 +213,7 @@ def _jvp_loop(layer: Layer, wrt: tuple[str, ...], *arrays: Array) -> list[Array]
         return [block.add("tokens", c, p) for c, p in zip(carry, parts, strict=True)]
 
     zeros = jnp.zeros_like(residuals.max_logit)
-    return layer.plan.loop(step, [zeros] * (3 if layer.label_smoothing else 2))
+    return layer.plan.loop(step, [zeros] * (layer.num_statistics - 1))
 
 
 def linear_transpose(
@@ -235,8 +240,7 @@ def linear_transpose(
 
 
 def _transpose_loop(layer: Layer, wrt: tuple[str, ...], *arrays: Array) -> list[Array]:
-    count = len(_Residuals._fields)
-    residuals, cotangents = _Residuals(*arrays[:count]), arrays[count:]
+    residuals, cotangents = _split(arrays)
     hidden, kernel, bias, *_ = residuals
     cut_side = layer.plan.side
     # A CPU multiplies rows by columns faster than columns by columns. Transposed once, before the
@@ -284,8 +288,14 @@ def _transpose_loop(layer: Layer, wrt: tuple[str, ...], *arrays: Array) -> list[
 
 def _by_name(arrays: Any, wrt: tuple[str, ...]) -> tuple[_Residuals, dict[str, Any]]:
     """The primitive's arrays, or their axes under ``vmap``, as residuals and tangents."""
+    residuals, tangents = _split(arrays)
+    return residuals, dict(zip(wrt, tangents, strict=True))
+
+
+def _split(arrays: Any) -> tuple[_Residuals, Any]:
+    """The residuals, which come first, and the rest."""
     count = len(_Residuals._fields)
-    return _Residuals(*arrays[:count]), dict(zip(wrt, arrays[count:], strict=True))
+    return _Residuals(*arrays[:count]), arrays[count:]
 
 
 def _linear_jvp_batch(

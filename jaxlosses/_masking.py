@@ -204,7 +204,7 @@ def where(mask: Array, x: Array, y: Array) -> Array:
 
 def _alike(mask: Array, x: Array) -> tuple[Array, Array]:
     """Both in the shape of ``x`` and sharded alike, even if one is whole on every device."""
-    mask = _broadcast(_expand(mask, x), x)
+    mask = _broadcast(expand(mask, x), x)
     return mask, _broadcast(x, mask)
 
 
@@ -218,6 +218,6 @@ def _broadcast(x: Array, like: Array) -> Array:
     return x | zeros if x.dtype == bool else x + zeros
 
 
-def _expand(x: Array, like: Array) -> Array:
+def expand(x: Array, like: Array) -> Array:
     """``x`` with an axis of one for each axis that ``like`` has behind its own."""
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))

@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 def exportable(cls: type[T]) -> type[T]:
-    """Let ``jax.export`` save programs that take or return a class whose fields are all children.
+    """Let ``jax.export`` save programs that take or return a class that its children make anew.
 
-    The name is part of the saved program, so that no private module may be in it.
+    The name is part of the saved program, so that nothing private may be in it.
     """
     return jax.export.register_pytree_node_serialization(
         cls,
-        serialized_name=f"{__package__}.{cls.__name__}",
+        serialized_name=f"{__package__}.{cls.__name__.lstrip('_')}",
         serialize_auxdata=lambda _: b"",
         deserialize_auxdata=lambda _: None,
         from_children=lambda aux_data, children: cls(*children),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlosses._kernel import reduce_losses
+from jaxlosses._masking import expand
 from jaxlosses._reduce import size_of, sum_of
 from jaxlosses._typing import (
     AxisName,
@@ -259,7 +260,7 @@ def cosine_distance(
 def _variance(p: Array, y: Array) -> Array:
     """Of each sample's differences. Centred: squares lose every digit where the mean is large."""
     mean, correction = _means(p, y)
-    mean_square = sum_of(jnp.square((p - y) - _expand(mean, p)), 1) / _sample_size(p)
+    mean_square = sum_of(jnp.square((p - y) - expand(mean, p)), 1) / _sample_size(p)
     return jnp.maximum(mean_square - jnp.square(correction), 0)
 
 
@@ -267,7 +268,7 @@ def _variance(p: Array, y: Array) -> Array:
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (p, y), (p_tangent, y_tangent) = primals, tangents
     mean, correction = _means(p, y)
-    centred = ((p - y) - _expand(mean, p)) - _expand(correction, p)
+    centred = ((p - y) - expand(mean, p)) - expand(correction, p)
     # What the mean adds to the derivative sums to 0.
     products = 2 * centred * (p_tangent - y_tangent)
     tangent = jnp.sum(products, tuple(range(1, products.ndim)))
@@ -284,12 +285,12 @@ def _means(p: Array, y: Array) -> list[Array]:
 
     def in_one_kernel(p: Array, y: Array) -> list[Array]:
         mean = sum_of(p - y, 1) / size
-        return [mean, sum_of((p - y) - _expand(mean, p), 1) / size]
+        return [mean, sum_of((p - y) - expand(mean, p), 1) / size]
 
     def in_passes(p: Array, y: Array) -> list[Array]:
         # Not of p - y, which XLA would then keep in memory from one pass to the next.
         mean = -sum_of(y - p, 1) / size
-        return [mean, sum_of((p - y) - _expand(mean, p), 1) / size]
+        return [mean, sum_of((p - y) - expand(mean, p), 1) / size]
 
     # A GPU's kernel keeps a sample from its first reading to its last, and a TPU keeps p - y for
     # the gradient.
@@ -297,10 +298,6 @@ def _means(p: Array, y: Array) -> list[Array]:
     return jax.lax.platform_dependent(p, y, **ways)
 
 
-def _expand(of_samples: Array, like: Array) -> Array:
-    """One number for each sample, with an axis of one for each axis of a sample."""
-    return of_samples.reshape(-1, *(1,) * (like.ndim - 1))
-
-
 def _sample_size(samples: Array) -> Any:
-    return jnp.maximum(size_of(samples.shape[1:], samples.dtype), 1)
+    # Of an empty sample every sum is 0, whatever it is divided by.
+    return size_of([max(n, 1) for n in samples.shape[1:]], samples.dtype)

@@ -20,7 +20,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.export
 import jax.numpy as jnp
 from flax import nnx, serialization, traverse_util
 from flax.core.scope import union_filters
@@ -28,7 +27,7 @@ from flax.linen import module as linen_module
 from jax.typing import ArrayLike
 
 from jaxlosses._collector import KINDS, LossCollector, as_mean
-from jaxlosses._mean import WeightedMean
+from jaxlosses._mean import WeightedMean, exportable
 
 
 class Loss(nnx.Variable):
@@ -301,6 +300,7 @@ def _capture(modules: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
                 del module.__captures__
 
 
+@exportable
 @jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class _Sown:
@@ -431,10 +431,3 @@ for _class, _fields in (
         functools.partial(_from_state, _fields),
         override=True,  # This module may be reloaded.
     )
-# A program that was saved belongs to no run.
-jax.export.register_pytree_node_serialization(
-    _Sown,
-    serialized_name=f"{__name__}.Sown",
-    serialize_auxdata=lambda is_current: b"",
-    deserialize_auxdata=lambda saved: False,
-)

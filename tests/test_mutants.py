@@ -307,7 +307,7 @@ MUTANTS = {
     ),
     "leave the mean rounded in the gradient": (
         REGRESSION,
-        " - _expand(correction, p)",
+        " - expand(correction, p)",
         "",
         "mean_pairwise_squared_error",
         "offsets_cost_no_digits",
