@@ -16,13 +16,16 @@ too unless the loss is not finite. The count is not differentiable.
 
 **Reductions** of losses ``l`` with weights ``w``:
 
-===========  =====================================================================
-``mean``     ``sum(w * l) / count(w != 0)``, 0 where nothing counts; TensorFlow's
-``average``  ``sum(w * l) / sum(w)``, 0 where ``sum(w)`` is 0; ``numpy.average``'s
-``sum``      ``sum(w * l)``
-``none``     ``w * l``, unreduced; ``axis_name`` has nothing to sum
-``parts``    ``WeightedMean(sum(w * l), count(w != 0))``, to be merged
-===========  =====================================================================
+=================  ===============================================================
+``mean``           ``sum(w * l) / count(w != 0)``, 0 where nothing counts;
+                   TensorFlow's
+``average``        ``sum(w * l) / sum(w)``, 0 where ``sum(w)`` is 0;
+                   ``numpy.average``'s, and PyTorch's with class weights
+``sum``            ``sum(w * l)``
+``none``           ``w * l``, unreduced; ``axis_name`` has nothing to sum
+``parts``          ``WeightedMean(sum(w * l), count(w != 0))``, to be merged
+``average_parts``  ``WeightedMean(sum(w * l), sum(w))``, to be merged
+=================  ===============================================================
 
 With ``axis_name``, sum and count run over that mapped axis (or axes) as well.
 
@@ -60,6 +63,7 @@ from jaxlosses._regression import (
     mean_squared_error,
 )
 from jaxlosses._regularization import l1_regularizer, l2_regularizer
+from jaxlosses._segments import segment_means
 from jaxlosses._weighted import weighted
 
 __all__ = [
@@ -77,6 +81,7 @@ __all__ = [
     "mean_pairwise_squared_error",
     "mean_squared_error",
     "pad_batch",
+    "segment_means",
     "sigmoid_cross_entropy",
     "softmax_cross_entropy",
     "sparse_softmax_cross_entropy",

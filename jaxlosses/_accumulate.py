@@ -17,33 +17,44 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxlosses._collector import LossCollector
-from jaxlosses._mean import WeightedMean, widen
+from jaxlosses._collector import LossCollector, is_microbatch
+from jaxlosses._mean import WeightedMean, divide, widen
 from jaxlosses._typing import as_array, check_integer, checked_call, is_float
 
 
 def accumulate_value_and_grad(
     loss_fn: Callable[..., Any], num_microbatches: int, *, has_aux: bool = False
-) -> Callable[[Any, Any], tuple[tuple[Array, Any], Any]]:
+) -> Callable[..., tuple[tuple[Array, Any], Any]]:
     r"""The value and gradient of a whole batch, from one microbatch at a time.
 
-    $$\nabla \sum_k \frac{\sum_m t_{km}}{\sum_m c_{km}}
-    = \sum_m \nabla \sum_k \frac{t_{km}}{C_k}, \quad C_k = \sum_m c_{km}$$
+    $$\nabla \sum_k \frac{T_k}{C_k}
+    = \sum_m \sum_k \frac{1}{C_k} \left(\nabla t_{km} - \frac{T_k}{C_k} \nabla c_{km}\right),
+    \quad T_k = \sum_m t_{km},\ C_k = \sum_m c_{km}$$
 
     of losses $k$ with totals $t$ and counts $c$ in microbatches $m$. Each loss has a count of its
-    own, so no single factor for the gradient of a microbatch would be right. Here each total is
-    divided by its count over the whole batch, and then differentiated. That takes two scans over
-    the microbatches. The first one adds up the counts. These depend on the data and not on the
-    model, so the compiler removes the model from this scan. Where weights do depend on the model,
-    the part of the model that they need runs twice; the result is still exact, because counts have
-    no derivative. The second scan adds up the gradients.
+    own, so no single factor for the gradient of a microbatch would be right. Two scans over the
+    microbatches are: the first one adds up totals and counts, and the second one the gradients.
 
-    A loss added as a scalar counts 1 in each microbatch, so its value is the mean over the
-    microbatches. For a regularization, which is the same in all of them, that is its value.
+    If counts depend on the data and not on parameters, their gradients are zero, and nothing needs
+    the totals of the first scan. Inside of ``jax.jit`` the compiler then removes the model from it
+    (but not from a ``lax.cond``). If counts depend on parameters, as ``"average_parts"`` of learned
+    weights does, value and gradient are still those of the whole batch, and the part of the model
+    that totals and counts need runs twice.
+
+    A loss must be undivided, because a mean of the microbatches' means would be wrong. A scalar
+    that is not such a mean is added as ``WeightedMean(value, 1)``; its value is the mean over the
+    microbatches. Regularization, which is the same in all of them, may be a scalar.
+
+    State that a model changes in a forward pass, such as batch statistics, is returned as ``aux``:
+    every microbatch begins with the state that ``loss_fn`` closes over, and ``aux`` has the state
+    after each of them. The mean over these is one step of the running averages, from the mean of
+    the microbatches' statistics. The README shows it, of linen and of nnx.
 
     Args:
         loss_fn: ``loss_fn(params, microbatch)`` returns a ``LossCollector``, or with ``has_aux`` a
-            pair of it and any pytree of arrays. Add means with ``reduction="parts"``.
+            pair of it and any pytree of arrays. If a key is given it is called as
+            ``loss_fn(params, microbatch, key)``. Add means with ``reduction="parts"`` or
+            ``"average_parts"``.
         num_microbatches: How many microbatches a batch is cut into. Microbatch ``i`` holds the
             rows ``i``, ``i + num_microbatches``, ..., so that a batch whose rows are sharded over
             devices is cut without moving a row. (On an Explicit mesh a microbatch must have rows
@@ -51,20 +62,22 @@ def accumulate_value_and_grad(
         has_aux: Whether ``loss_fn`` returns a pair.
 
     Returns:
-        A function of ``(params, batch)``, pytrees of arrays: floating-point parameters, and numbers
-        or keys (``jax.random.key``) with one leading axis. It returns ``((total, losses), grads)``,
-        or with ``has_aux`` ``((total, (losses, aux)), grads)``, where ``aux`` is that of all
-        microbatches, stacked. The total is ``losses.get_total_loss()`` of the whole batch.
-        Gradients have the dtypes of the parameters and are summed in float32 at least. The function
-        can be pickled if ``loss_fn`` can.
+        A function of ``(params, batch, *, key=None)``. ``params`` and ``batch`` are pytrees of
+        arrays: floating-point parameters, and numbers or keys with one leading axis. ``key`` is a
+        single ``jax.random.key``, which is split into one for each microbatch. The function returns
+        ``((total, losses), grads)``, or with ``has_aux`` ``((total, (losses, aux)), grads)``, where
+        ``aux`` is that of all microbatches, stacked. The total is ``losses.get_total_loss()`` of
+        the whole batch. Gradients have the dtypes of the parameters and are summed in float32 at
+        least. The function can be pickled if ``loss_fn`` can.
 
     Raises:
         ValueError: if ``loss_fn`` is not a function or ``num_microbatches`` not a positive integer.
             The returned function raises it if a parameter is not real and floating-point, if the
             batch holds other than numbers and keys, if its leading axes differ or are not a
-            multiple of ``num_microbatches``, if ``loss_fn`` does not return a ``LossCollector``
-            (with ``has_aux``, a pair), or if a loss has an axis over the rows of the batch, so that
-            the microbatches cannot be added up.
+            multiple of ``num_microbatches``, if ``key`` is not a single key, if ``loss_fn`` does
+            not return a ``LossCollector`` (with ``has_aux``, a pair), if it adds a scalar as a loss
+            or a metric although there are several microbatches, or if a loss has an axis over the
+            rows of the batch, so that the microbatches cannot be added up.
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,25 +111,31 @@ class _ValueAndGrad:
         functools.update_wrapper(self, self.loss_fn, updated=())
 
     @checked_call
-    def __call__(self, params: Any, batch: Any) -> tuple[tuple[Array, Any], Any]:
+    def __call__(
+        self, params: Any, batch: Any, *, key: Any = None
+    ) -> tuple[tuple[Array, Any], Any]:
         _check_params(params)
-        microbatches = _split(batch, self.num_microbatches)
+        # Each is a tuple of what the loss function takes after the parameters.
+        microbatches = (_split(batch, self.num_microbatches),)
+        if key is not None:
+            microbatches += (jax.random.split(_check_key(key), self.num_microbatches),)
 
-        def count(_: None, microbatch: Any) -> tuple[None, LossCollector]:
-            losses, _ = self._losses_and_aux(params, microbatch)
-            return None, _with_totals(losses, jax.tree.map(jnp.zeros_like, losses))
+        def add_up(_: None, microbatch: Any) -> tuple[None, LossCollector]:
+            return None, self._losses_and_aux(params, *microbatch)[0]
 
-        _, counts = jax.lax.scan(count, None, microbatches)
-        batch_counts = _sum(counts)
-        if any(leaf.ndim for leaf in jax.tree.leaves(batch_counts)):
+        _, losses = jax.lax.scan(add_up, None, microbatches)
+        whole = _sum(losses)
+        if any(leaf.ndim for leaf in jax.tree.leaves(whole)):
             # A loss whose axis is the rows has other shapes for the whole batch. To merge them
             # raises an error that names the loss.
-            full = jax.eval_shape(lambda *a: self._losses_and_aux(*a)[0], params, batch)
-            jax.eval_shape(LossCollector.merge, batch_counts, full)
+            keys = () if key is None else (key,)
+            full = jax.eval_shape(lambda *a: self._losses_and_aux(*a)[0], params, batch, *keys)
+            jax.eval_shape(LossCollector.merge, whole, full)
 
         def part_of_total(params: Any, microbatch: Any) -> tuple[Array, tuple[LossCollector, Any]]:
-            losses, aux = self._losses_and_aux(params, microbatch)
-            return _with_totals(batch_counts, losses).get_total_loss(), (losses, aux)
+            losses, aux = self._losses_and_aux(params, *microbatch)
+            parts = jax.tree.map(_part_of_mean, losses, whole, is_leaf=_is_mean)
+            return parts.get_total_loss(), (losses, aux)
 
         def add(sums: Any, microbatch: Any) -> tuple[Any, tuple[LossCollector, Any]]:
             grads, results = jax.grad(part_of_total, has_aux=True)(params, microbatch)
@@ -129,9 +148,10 @@ class _ValueAndGrad:
         grads = jax.tree.map(lambda s, p: s.astype(jnp.result_type(p)), sums, params)
         return (losses.get_total_loss(), (losses, aux) if self.has_aux else losses), grads
 
-    def _losses_and_aux(self, params: Any, batch: Any) -> tuple[LossCollector, Any]:
+    def _losses_and_aux(self, params: Any, batch: Any, *key: Any) -> tuple[LossCollector, Any]:
         """What the loss function returns, checked."""
-        result = self.loss_fn(params, batch)
+        with is_microbatch(self.num_microbatches > 1):
+            result = self.loss_fn(params, batch, *key)
         if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise ValueError(
                 f"loss_fn must return a pair (losses, aux), got {type(result).__name__}"
@@ -241,13 +261,32 @@ def _split(batch: Any, num_microbatches: int) -> Any:
     return jax.tree_util.tree_map_with_path(cut, batch)
 
 
-def _with_totals(counts: LossCollector, totals: LossCollector) -> LossCollector:
-    """The counts of one collector with the totals of another."""
+def _check_key(key: Any) -> Any:
+    """``key``; ``ValueError`` unless it is a single key, of the new kind or the old one."""
+    dtype, shape = getattr(key, "dtype", None), np.shape(key) if isinstance(key, Array) else None
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (is_key and shape == ()) and not (
+        shape is not None and dtype == np.uint32 and len(shape) == 1
+    ):
+        got = f"shape {shape} and dtype {dtype}" if shape is not None else type(key).__name__
+        raise ValueError(f"key must be a single key, such as jax.random.key(0), got {got}")
+    return key
 
-    def pick(count: WeightedMean, total: WeightedMean) -> WeightedMean:
-        return WeightedMean(total.total, count.count)
 
-    return jax.tree.map(pick, counts, totals, is_leaf=lambda x: isinstance(x, WeightedMean))
+def _part_of_mean(part: WeightedMean, whole: WeightedMean) -> WeightedMean:
+    """What one microbatch adds to the gradient of a mean over all of them.
+
+    The derivative of ``T / C`` is ``(dT - mean * dC) / C``, where ``dT`` and ``dC`` are sums over
+    the microbatches. If the count does not depend on what is differentiated, JAX knows that ``dC``
+    is zero, and nothing asks for ``mean``.
+    """
+    mean = divide(whole.total, whole.count)
+    total = part.total - mean * jnp.asarray(part.count, mean.dtype)
+    return WeightedMean(divide(total, whole.count), jnp.ones_like(mean))
+
+
+def _is_mean(x: Any) -> bool:
+    return isinstance(x, WeightedMean)
 
 
 def _sum(stacked: LossCollector) -> LossCollector:

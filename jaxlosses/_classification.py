@@ -58,7 +58,8 @@ def log_loss(
         labels: Probabilities (0 and 1, or between) of the same shape.
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
         epsilon: Keeps the logarithms finite; not negative.
-        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
+            ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
 
     Returns:
@@ -105,7 +106,8 @@ def hinge_loss(
         logits: Real numbers ``[batch, d1, ..., dN]``, positive for class 1.
         labels: 0 or 1, of the same shape.
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
-        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
+            ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
 
     Returns:
@@ -150,7 +152,8 @@ def sigmoid_cross_entropy(
         labels: Probabilities (0 and 1, or between) of the same shape.
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
         label_smoothing: The $s$ above, from 0 to 1.
-        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
+            ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
 
     Returns:
@@ -206,7 +209,8 @@ def softmax_cross_entropy(
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
         label_smoothing: The $s$ above, from 0 to 1.
         z_loss: The $z$ above, not negative; keeps the logits from drifting.
-        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
+            ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
 
     Returns:
@@ -272,7 +276,8 @@ def sparse_softmax_cross_entropy(
         label_smoothing: The $s$ above, from 0 to 1.
         z_loss: The $z$ above, not negative; keeps the logits from drifting.
         ignore_index: Labels of this value have weight zero.
-        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
+            ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
 
     Returns:

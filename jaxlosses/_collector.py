@@ -25,28 +25,35 @@ from jaxlosses._typing import as_array, as_floats
 
 TOTAL = "total_loss"  # The name of the sum for loggers; no loss can have it.
 
+# What a collector has: its attributes, and the first keys of its pytree.
+KINDS = ("losses", "regularization_losses", "metrics")
 
-# The kinds of losses: attributes of a collector, and the first keys of its pytree.
-KINDS = ("losses", "regularization_losses")
+# Whether these are the losses of one of several microbatches. JAX traces a function again where the
+# value is another one, so that no cached program escapes it.
+is_microbatch = jax.make_user_context(False)
 
 
 @exportable
 @jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class LossCollector:
-    """Losses by name, each kept as an undivided mean.
+    """Losses and metrics by name, each kept as an undivided mean.
 
     It is immutable: every method returns a new collector. It is a pytree, whose leaves are totals
     and counts and whose structure is the names, so it passes through ``jit``, ``grad``, ``scan``,
     ``cond`` and ``vmap``, through ``jax.export`` and into checkpoints (of ``flax.serialization``
     once ``jaxlosses.flax`` is imported). The sum of collectors (of microbatches, batches or
-    devices) has the exact mean of each loss over all of them; ``sum(collectors)`` works, and a
-    ``scan`` starts from ``jax.tree.map(jnp.zeros_like, losses)``.
+    devices) has the exact mean of each loss over all of them. The empty collector is neutral:
+    ``sum(collectors, LossCollector())`` works. A ``scan`` asks for one structure from its start on
+    and starts from ``jax.tree.map(jnp.zeros_like, losses)``.
 
     The value of a loss is a scalar, an array of losses, all of which count, or a ``WeightedMean``,
-    which has a count of its own. A scalar counts 1, so that the sum of collectors has its mean. A
-    ``WeightedMean`` may have axes (the layers of a ``scan``): each element is then a loss of its
-    own, and the total loss is their sum.
+    which has a count of its own. A scalar counts 1, so that the sum of collectors has its mean,
+    which is a mean of means if the scalar is a mean. A ``WeightedMean`` may have axes (the layers
+    of a ``scan``): each element is then a loss of its own, and the total loss is their sum. A loss
+    with a coefficient is ``add_loss(name, coefficient * mean)``.
+
+    Metrics are kept and added up in the same way, and are no part of the total loss.
 
     Example:
         >>> import jax.numpy as jnp
@@ -66,6 +73,7 @@ class LossCollector:
 
     _losses: dict[str, WeightedMean] = dataclasses.field(default_factory=dict)
     _regularization_losses: dict[str, WeightedMean] = dataclasses.field(default_factory=dict)
+    _metrics: dict[str, WeightedMean] = dataclasses.field(default_factory=dict)
 
     @property
     def losses(self) -> Mapping[str, WeightedMean]:
@@ -77,6 +85,11 @@ class LossCollector:
         """The undivided means of the losses of parameters, by name."""
         return MappingProxyType(self._regularization_losses)
 
+    @property
+    def metrics(self) -> Mapping[str, WeightedMean]:
+        """The undivided means of the metrics, by name."""
+        return MappingProxyType(self._metrics)
+
     def add_loss(self, name: str, value: ArrayLike | WeightedMean) -> LossCollector:
         """This collector with one more loss.
 
@@ -85,8 +98,9 @@ class LossCollector:
             value: A scalar, an array of losses, all of which count, or a ``WeightedMean``.
 
         Raises:
-            ValueError: if the name is taken, empty or ``"total_loss"``, or the value is not a real
-                array or number.
+            ValueError: if the name is taken, empty or ``"total_loss"``; if the value is not a real
+                array or number; or if it is a scalar in one of several microbatches of
+                :func:`accumulate_value_and_grad`.
 
         References:
             ``tf.contrib.losses.add_loss``, TensorFlow 1.15.
@@ -96,12 +110,28 @@ class LossCollector:
             >>> print(jl.LossCollector().add_loss("aux", 2.0).get_total_loss())
             2.0
         """
-        return dataclasses.replace(self, _losses=self._with(self._losses, name, value))
+        return self._with("losses", name, value)
 
     def add_regularization_loss(self, name: str, value: ArrayLike | WeightedMean) -> LossCollector:
-        """This collector with one more loss of the parameters; as :meth:`add_loss`."""
-        losses = self._with(self._regularization_losses, name, value)
-        return dataclasses.replace(self, _regularization_losses=losses)
+        """This collector with one more loss of the parameters; as :meth:`add_loss`.
+
+        A scalar is the same in every microbatch, so that it is not refused there.
+        """
+        return self._with("regularization_losses", name, value)
+
+    def add_metric(self, name: str, value: ArrayLike | WeightedMean) -> LossCollector:
+        """This collector with one more metric; as :meth:`add_loss`, but no part of the total loss.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import jaxlosses as jl
+            >>> is_right, weights = jnp.array([True, True, False]), jnp.array([1, 0, 1])
+            >>> accuracy = jl.compute_weighted_loss(is_right, weights, reduction="parts")
+            >>> losses = jl.LossCollector().add_loss("aux", 2.0).add_metric("accuracy", accuracy)
+            >>> print(losses.get_total_loss(), losses.get_metrics())
+            2.0 {'accuracy': Array(0.5, dtype=float32)}
+        """
+        return self._with("metrics", name, value)
 
     def regularize(self, params: Any, regularizers: Mapping[str, Regularizer]) -> LossCollector:
         """This collector with one more regularization loss for each pattern, named by the pattern.
@@ -165,6 +195,10 @@ class LossCollector:
         """The value of each regularization loss by name; as :meth:`get_losses`."""
         return _values(self.regularization_losses, scope)
 
+    def get_metrics(self, scope: str | None = None) -> dict[str, Array]:
+        """The value of each metric by name; as :meth:`get_losses`."""
+        return _values(self.metrics, scope)
+
     def get_total_loss(self, add_regularization_losses: bool = True) -> Array:
         """The sum of the values of all losses, float32 at least; 0 where there is none.
 
@@ -183,12 +217,17 @@ class LossCollector:
     def merge(self, other: LossCollector) -> LossCollector:
         """The means over all losses that either has counted; ``losses + other`` is the same.
 
+        Merged with an empty collector, which has no names, a collector is what it is.
+
         Raises:
             ValueError: if ``other`` is not a ``LossCollector`` of the same names and shapes, saying
                 which differ.
         """
         if not isinstance(other, LossCollector):
             raise ValueError(f"other must be a LossCollector, got {type(other).__name__}")
+        for empty, same in ((self, other), (other, self)):
+            if not empty._all_means():
+                return same
         merged = {}
         for kind in KINDS:
             mine, theirs = getattr(self, kind), getattr(other, kind)
@@ -229,7 +268,7 @@ class LossCollector:
             {'total_loss': 2.0, 'aux': 2.0}
         """
         flat = {TOTAL: self.get_total_loss()}
-        for name, value, _ in _rows({**self._losses, **self._regularization_losses}, "/{}"):
+        for name, value, _ in _rows(self._all_means(), "/{}"):
             if name in flat:
                 raise ValueError(f"name {name!r} must not be the name of two values")
             flat[name] = value
@@ -237,14 +276,14 @@ class LossCollector:
 
     def __str__(self) -> str:
         """A table of the values: name, value, and how many losses counted."""
-        if not all(map(_is_concrete, (self._losses | self._regularization_losses).values())):
+        if not all(map(_is_concrete, self._all_means().values())):
             return repr(self)
-        lines = [("loss", "value", "count")]
-        lines += [_line(*row) for row in _rows(self.losses, "[{}]")]
+        lines = [("loss", "value", "count"), *_lines(self.losses)]
         if self.regularization_losses:
-            lines += [("regularization", "", "")]
-            lines += [_line(*row) for row in _rows(self.regularization_losses, "[{}]")]
+            lines += [("regularization", "", ""), *_lines(self.regularization_losses)]
         lines += [("total", f"{float(self.get_total_loss()):.4g}", "")]
+        if self.metrics:
+            lines += [("metric", "", ""), *_lines(self.metrics)]
         name, value, count = (max(map(len, column)) for column in zip(*lines, strict=True))
         return "\n".join(f"{n:{name}}  {v:>{value}}  {c:>{count}}".rstrip() for n, v, c in lines)
 
@@ -266,27 +305,36 @@ class LossCollector:
         """A collector of any leaves, which JAX may put there; so nothing is checked."""
         return cls(*children)
 
-    def _with(
-        self, means: Mapping[str, WeightedMean], name: str, value: ArrayLike | WeightedMean
-    ) -> dict[str, WeightedMean]:
-        """``means`` with one more, after a check of its name and value."""
+    def _all_means(self) -> dict[str, WeightedMean]:
+        return {**self._losses, **self._regularization_losses, **self._metrics}
+
+    def _with(self, kind: str, name: str, value: ArrayLike | WeightedMean) -> LossCollector:
+        """This collector with one more mean, after a check of its name and value."""
         if not isinstance(name, str) or name in ("", TOTAL):
             raise ValueError(f"name must be a non-empty string other than {TOTAL!r}, got {name!r}")
-        if name in self.losses or name in self.regularization_losses:
+        if name in self._all_means():
             raise ValueError(f"name {name!r} is taken; every loss needs a name of its own")
+        means = {**getattr(self, kind), name: as_mean(kind, name, value)}
         # In the order in which jit returns them: the structure of a pytree includes the order.
-        return dict(sorted({**means, name: as_mean(name, value)}.items()))
+        return dataclasses.replace(self, **{f"_{kind}": dict(sorted(means.items()))})
 
 
-def as_mean(name: str, value: ArrayLike | WeightedMean) -> WeightedMean:
+def as_mean(kind: str, name: str, value: ArrayLike | WeightedMean) -> WeightedMean:
     """A loss as an undivided mean: each loss of an array counts 1, and so does a scalar.
 
     Raises:
-        ValueError: naming the loss, if the value is not a real array or number, or if the count of
-            a ``WeightedMean`` does not have the shape of its total.
+        ValueError: naming the loss, if the value is not a real array or number; if the count of a
+            ``WeightedMean`` does not have the shape of its total; or if it is a scalar in one of
+            several microbatches, and no regularization loss.
     """
     if not isinstance(value, WeightedMean):
         losses = as_floats(**{name: value})
+        if not losses[0].shape and is_microbatch.value and kind != "regularization_losses":
+            raise ValueError(
+                f"{name} must be an undivided mean in one of several microbatches, which count "
+                f"different numbers of losses, got a scalar; use reduction='parts', or "
+                f"WeightedMean(value, 1) if the mean of the microbatches' values is meant"
+            )
         return reduce_losses(lambda x: x, losses, 1.0, reduction="parts", axis_name=None)
     parts = as_floats(**{f"{name}.total": value.total, f"{name}.count": value.count})
     return WeightedMean(*map(widen, parts))
@@ -309,9 +357,15 @@ def _rows(means: Mapping[str, WeightedMean], index: str) -> Iterator[tuple[str, 
             yield name + index.format(i) * (mean.value.ndim > 0), value[i], count[i]
 
 
-def _line(name: str, value: Array, count: Array) -> tuple[str, str, str]:
-    """A line of the table, as texts."""
-    return name, f"{float(value):.4g}", f"{float(count):,.0f}"
+def _lines(means: Mapping[str, WeightedMean]) -> list[tuple[str, str, str]]:
+    """Lines of the table, as texts."""
+    rows = _rows(means, "[{}]")
+    return [(name, f"{float(value):.4g}", _count_text(float(count))) for name, value, count in rows]
+
+
+def _count_text(count: float) -> str:
+    """A count as text; the sum of weights need not be an integer."""
+    return f"{count:,.0f}" if count.is_integer() else f"{count:,.4g}"
 
 
 def _is_concrete(mean: WeightedMean) -> bool:

@@ -8,12 +8,15 @@ pass over memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
-from jax import Array
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
-from jaxlosses._masking import LossFunction, masked_losses
+from jaxlosses._masking import LossFunction, masked_losses, where
 from jaxlosses._mean import WeightedMean, divide, psum
 from jaxlosses._reduce import num_copies, sum_and_count, sum_of
 from jaxlosses._typing import AxisName, Reduction, Result, as_array, in_precision
@@ -46,8 +49,8 @@ def reduce_losses(
     inputs = in_precision(inputs, weights)
     first = inputs[0].shape
     weights = align(weights, first[: len(first) - num_inner_axes])
-    losses = masked_losses(formula, weights, *inputs)
-    return reduce_weighted(losses, weights, reduction=reduction, axis_name=axis_name)
+    losses, raw = masked_losses(formula, weights, *inputs)
+    return reduce_weighted(losses, raw, weights, reduction=reduction, axis_name=axis_name)
 
 
 def align(weights: Array, shape: tuple[int, ...]) -> Array:
@@ -67,22 +70,48 @@ def align(weights: Array, shape: tuple[int, ...]) -> Array:
 
 
 def reduce_weighted(
-    losses: Array, weights: Array, *, reduction: Reduction, axis_name: AxisName
+    losses: Array, raw: Array, weights: Array, *, reduction: Reduction, axis_name: AxisName
 ) -> Result:
-    """Reduce losses that are already multiplied by aligned weights, and 0 where a weight is 0."""
-    if not isinstance(reduction, str) or reduction not in get_args(Reduction):
+    """Reduce losses that are already multiplied by aligned weights, and 0 where a weight is 0.
+
+    The ``raw`` losses are those before they were multiplied.
+    """
+    if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     if reduction == "none":
         return losses
     if reduction == "sum":
         total = sum_of(losses)
         return total if axis_name is None else psum(total, axis_name)
-    if reduction == "average":
-        total = sum_of(losses)
-        copies = num_copies(weights.shape, losses.shape, losses.dtype)
-        count = sum_of(weights.astype(losses.dtype)) * copies
+    if reduction in ("average", "average_parts"):
+        total, count = sum_of(losses), _sum_of_weights(weights, lax.stop_gradient(raw))
     else:
         total, count = sum_and_count(losses, weights.astype(bool))
     if axis_name is not None:
         total, count = psum((total, count), axis_name)
-    return WeightedMean(total, count) if reduction == "parts" else divide(total, count)
+    is_divided = reduction in ("mean", "average")
+    return divide(total, count) if is_divided else WeightedMean(total, count)
+
+
+@jax.custom_jvp
+def _sum_of_weights(weights: Array, losses: Array) -> Array:
+    """The sum of the weights, each as often as it weighs a loss.
+
+    The derivative with respect to a weight of zero is 0 where the loss is not finite, as it is for
+    the sum of the weighted losses.
+    """
+    copies = num_copies(weights.shape, losses.shape, losses.dtype)
+    return sum_of(weights.astype(losses.dtype)) * copies
+
+
+def _sum_of_weights_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    weights, losses = primals
+    total, tangent = _sum_of_weights(weights, losses), tangents[0]
+    if isinstance(tangent, SymbolicZero):
+        return total, jnp.zeros_like(total)
+    zeros = jnp.zeros_like(losses)
+    learned = where(weights.astype(bool) | jnp.isfinite(losses), zeros + 1, zeros)
+    return total, jnp.sum(learned * tangent.astype(losses.dtype))
+
+
+_sum_of_weights.defjvp(_sum_of_weights_jvp, symbolic_zeros=True)

@@ -36,32 +36,40 @@ def with_wide_labels(loss: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(loss)
     def with_narrow_labels(*args: Any, **kwargs: Any) -> Any:
         if "labels" in kwargs:
-            kwargs["labels"] = _narrow(kwargs["labels"], kwargs)
+            kwargs["labels"] = _narrow_labels(kwargs["labels"], kwargs)
         elif len(args) > position:
-            labels = _narrow(args[position], kwargs)
+            labels = _narrow_labels(args[position], kwargs)
             args = (*args[:position], labels, *args[position + 1 :])
         return loss(*args, **kwargs)
 
     return cast(Callable[P, R], with_narrow_labels)
 
 
-def _narrow(labels: Any, options: dict[str, Any]) -> Any:
-    """NumPy and Python labels in the dtype that JAX gives them; an impossible one stays so."""
-    if type(labels) is int:
+def _narrow_labels(labels: Any, options: dict[str, Any]) -> Any:
+    """Labels in the dtype that JAX gives them; an impossible one is not ignored for that."""
+    narrow, ignored = narrow_integers("labels", labels), options.get("ignore_index")
+    if narrow is labels or not is_integer(ignored):
+        return narrow
+    limit = np.asarray(np.iinfo(narrow.dtype).max - 1, narrow.dtype)
+    return np.where((narrow == ignored) & (narrow != labels), limit, narrow)
+
+
+def narrow_integers(name: str, ids: Any) -> Any:
+    """NumPy and Python integers in the dtype that JAX gives them, or else the nearest that fit.
+
+    Anything else is returned as it is.
+    """
+    if type(ids) is int:
         narrow = jax.dtypes.canonicalize_dtype(int)
-    elif isinstance(labels, np.ndarray | np.integer):
-        check_unmasked("labels", labels)
-        narrow = jax.dtypes.canonicalize_dtype(labels.dtype)
-        if narrow == labels.dtype or not np.issubdtype(narrow, np.integer):
-            return labels
+    elif isinstance(ids, np.ndarray | np.integer):
+        check_unmasked(name, ids)
+        narrow = jax.dtypes.canonicalize_dtype(ids.dtype)
+        if narrow == ids.dtype or not np.issubdtype(narrow, np.integer):
+            return ids
     else:
-        return labels
+        return ids
     limits = np.iinfo(narrow)
-    fitting = np.clip(labels, limits.min, limits.max)
-    ignored = options.get("ignore_index")
-    if is_integer(ignored):
-        fitting = np.where((fitting == ignored) & (fitting != labels), limits.max - 1, fitting)
-    return np.asarray(fitting, narrow)
+    return np.asarray(np.clip(ids, limits.min, limits.max), narrow)
 
 
 def class_ids(

@@ -44,16 +44,20 @@ from jaxlosses._typing import is_float
 LossFunction = Callable[..., Array]
 
 
-def masked_losses(formula: LossFunction, weights: Array, *inputs: Array) -> Array:
+def masked_losses(formula: LossFunction, weights: Array, *inputs: Array) -> tuple[Array, Array]:
     """``weights * formula(*inputs)``, and 0 where a weight is zero, whatever the inputs are there.
 
     Args:
         formula: The losses, each from its own place of the inputs.
         weights: Weights with as many axes as the losses, each equal to theirs or 1.
         inputs: Arrays that begin with the losses' axes, in the precision of the result.
+
+    Returns:
+        The weighted losses, and the losses before they were weighted.
     """
     absent = _is_absent(weights)
-    return _weigh(formula(*(_guard(absent, x) if is_float(x) else x for x in inputs)), weights)
+    losses = formula(*(_guard(absent, x) if is_float(x) else x for x in inputs))
+    return _weigh(losses, weights), losses
 
 
 @jax.custom_jvp
@@ -122,11 +126,12 @@ ad.primitive_jvps[_mask_p] = functools.partial(_masked_jvp, _mask_p)
 ad.primitive_transposes[_mask_p] = _mask_transpose
 
 
-def lifted_losses(function: LossFunction, weights: Array, *inputs: Array) -> Array:
+def lifted_losses(function: LossFunction, weights: Array, *inputs: Array) -> tuple[Array, Array]:
     """``weights * function(*inputs)``, with harmless inputs where absent ones would do harm.
 
     A place is replaced where it is absent and its loss, or the derivative of its loss, is not
-    finite. Arguments are those of :func:`masked_losses`, but a loss may depend on other places.
+    finite. Arguments and results are those of :func:`masked_losses`, but a loss may depend on other
+    places.
     """
     present = weights.astype(bool)
     raw, is_differentiable = _losses_and_check(function, inputs)
@@ -136,7 +141,7 @@ def lifted_losses(function: LossFunction, weights: Array, *inputs: Array) -> Arr
     scale = weights.astype(losses.dtype)
     # The derivative with respect to a weight is the loss, also where the inputs are replaced.
     of_weight = _select(~usable & jnp.isfinite(raw), lax.stop_gradient(raw))
-    return losses * scale + of_weight * (scale - lax.stop_gradient(scale))
+    return losses * scale + of_weight * (scale - lax.stop_gradient(scale)), raw
 
 
 def _losses_and_check(function: LossFunction, inputs: Sequence[Array]) -> tuple[Array, Array]:

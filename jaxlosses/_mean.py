@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxlosses._typing import as_array
+from jaxlosses._typing import as_array, precision
 
 T = TypeVar("T")
 
@@ -42,14 +42,16 @@ class WeightedMean:
     The mean of a whole dataset is not the mean of the means of its batches, if these count
     different numbers of losses. It is the sum of totals divided by the sum of counts. The same
     holds for microbatches, devices and hosts. Every loss returns this class with
-    ``reduction="parts"``. It is a pytree, so it passes through ``jit``, ``scan``, ``vmap`` and
-    ``grad``, and through ``jax.export`` and checkpoints. Sums have the precision of their dtype:
-    past $2^{24}$, a float32 loses small numbers that are added to it, so add up millions of batches
-    in groups.
+    ``reduction="parts"``, and with ``"average_parts"``, where the count is the sum of the weights.
+    A number or an array times a mean, or a mean divided by one, has another total and the same
+    count. It is a pytree, so it passes through ``jit``, ``scan``, ``vmap`` and ``grad``, and
+    through ``jax.export`` and checkpoints. Sums have the precision of their dtype: past $2^{24}$, a
+    float32 loses small numbers that are added to it, so add up millions of batches in groups.
 
     Attributes:
         total: Sum of the weighted losses; any floating-point array, usually a scalar.
-        count: How many losses counted (those whose weight is not zero), of the same shape.
+        count: How many losses counted (those whose weight is not zero), or another denominator, of
+            the same shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -58,10 +60,14 @@ class WeightedMean:
         >>> last = jl.compute_weighted_loss(jnp.array([6.0]), reduction="parts")
         >>> print((first + last).value, (first.value + last.value) / 2)
         3.0 4.0
+        >>> print((0.1 * (first + last)).value)
+        0.3
     """
 
     total: ArrayLike
     count: ArrayLike
+
+    __array_ufunc__ = None  # So that NumPy leaves its numbers times a mean to the mean.
 
     @property
     def value(self) -> Array:
@@ -96,6 +102,43 @@ class WeightedMean:
         # The built-in sum() starts from 0.
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
+    def __mul__(self, factor: ArrayLike) -> WeightedMean:
+        total, count = _parts(self)
+        return WeightedMean(jnp.multiply(*_alike(total, "factor", factor)), count)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: ArrayLike) -> WeightedMean:
+        total, count = _parts(self)
+        return WeightedMean(jnp.divide(*_alike(total, "divisor", divisor)), count)
+
+    def macro(self) -> WeightedMean:
+        r"""The mean over the elements of a mean with axes: the macro average.
+
+        $$\text{macro} = \frac{\sum_i \text{value}_i}{|\{i : \text{count}_i \ne 0\}|}$$
+
+        An element without a count is absent. Under ``vmap`` a loss gives the mean of each sequence,
+        and this gives the mean over the sequences, all of which count equally, however many tokens
+        they have. It is undivided itself, so that batches of sequences add up.
+
+        Raises:
+            ValueError: if total or count is not a real array or number.
+
+        Example:
+            >>> import functools
+            >>> import jax, jax.numpy as jnp
+            >>> import jaxlosses as jl
+            >>> losses = jnp.array([[1.0, 2.0, 3.0], [6.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+            >>> present = jnp.array([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
+            >>> loss = functools.partial(jl.compute_weighted_loss, reduction="parts")
+            >>> sequences = jax.vmap(loss)(losses, present).macro()
+            >>> print(sequences.value, sequences.count, loss(losses, present).value)  # 8/2 and 12/4
+            4.0 2.0 3.0
+        """
+        total, count = _parts(self)
+        value, has_count = divide(total, count), jnp.broadcast_to(count != 0, total.shape)
+        return WeightedMean(jnp.sum(value), jnp.sum(has_count).astype(value.dtype))
+
     def psum(self, axis_name: Hashable) -> WeightedMean:
         """The mean over all members of a mapped axis (``shard_map``, ``vmap``), in one collective.
 
@@ -115,13 +158,25 @@ def _parts(mean: WeightedMean) -> tuple[Array, Array]:
     return total, count
 
 
+def _alike(total: Array, name: str, number: ArrayLike) -> tuple[Array, Array]:
+    """A total and what it is multiplied with or divided by, of one shape and precision."""
+    other = as_array(name, number)
+    if other.shape not in ((), total.shape):
+        raise ValueError(
+            f"{name} must be a scalar or have the mean's shape {total.shape}, got {other.shape}"
+        )
+    dtype = precision(total, weights=other)
+    return total.astype(dtype), jnp.broadcast_to(other.astype(dtype), total.shape)
+
+
 def divide(total: ArrayLike, count: ArrayLike) -> Array:
     """``total / count`` in the total's precision, 0 (and no derivative) where the count is 0."""
     total = widen(total)
     count = jnp.broadcast_to(jnp.asarray(count).astype(total.dtype), total.shape)
     zero = lax.full_like(total, 0)
     is_empty = lax.eq(count, zero)
-    return lax.select(is_empty, zero, lax.div(total, lax.select(is_empty, zero + 1, count)))
+    # Not the quotient alone: the derivative in the count would be NaN for a total of NaN.
+    return lax.div(lax.select(is_empty, zero, total), lax.select(is_empty, zero + 1, count))
 
 
 def widen(x: ArrayLike) -> Array:

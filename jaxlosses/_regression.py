@@ -43,7 +43,8 @@ def compute_weighted_loss(
     Args:
         losses: Losses ``[batch, d1, ..., dN]``.
         weights: Weights, aligned with the losses from the left.
-        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
+            ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
 
     Returns:
@@ -83,7 +84,8 @@ def absolute_difference(
         predictions: Real numbers ``[batch, d1, ..., dN]``.
         labels: Real numbers of the same shape.
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
-        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
+            ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
 
     Returns:
@@ -127,7 +129,8 @@ def mean_squared_error(
         predictions: Real numbers ``[batch, d1, ..., dN]``.
         labels: Real numbers of the same shape.
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
-        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
+            ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
 
     Returns:
@@ -176,7 +179,8 @@ def mean_pairwise_squared_error(
         predictions: Real numbers ``[batch, d1, ..., dN]``; a sample is all but the first axis.
         labels: Real numbers of the same shape.
         weights: Weights of the samples: a scalar, ``[batch]`` or ``[batch, 1]``.
-        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
+            ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
 
     Returns:
@@ -227,7 +231,8 @@ def cosine_distance(
         labels: Unit vectors of the same shape.
         weights: Weights, aligned from the left with the shape without ``axis``.
         axis: The axis along which the vectors lie.
-        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
+        reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
+            ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
 
     Returns:

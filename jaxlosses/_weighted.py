@@ -143,10 +143,11 @@ class _Weighted:
         weights, *arrays = vary_alike(weights, *in_precision(arrays, weights))
         weights = align(weights, jax.eval_shape(losses_of, *arrays).shape)
         if none_absent:
-            losses = losses_of(*arrays) * weights.astype(dtype)
+            raw = losses_of(*arrays)
+            losses = raw * weights.astype(dtype)
         else:
-            losses = lifted_losses(losses_of, weights, *arrays)
-        return reduce_weighted(losses, weights, reduction=reduction, axis_name=axis_name)
+            losses, raw = lifted_losses(losses_of, weights, *arrays)
+        return reduce_weighted(losses, raw, weights, reduction=reduction, axis_name=axis_name)
 
     def __repr__(self) -> str:
         return f"weighted({getattr(self.loss_fn, '__name__', self.loss_fn)})"

@@ -38,9 +38,27 @@ class RegularizationLoss(nnx.Variable):
     """The nnx variable in which ``sow_loss(..., regularization=True)`` leaves a loss."""
 
 
-# Collections of linen and variables of nnx, by the argument regularization of sow_loss.
-_COLLECTIONS = {False: "losses", True: "regularization_losses"}
-_VARIABLES: dict[bool, type[nnx.Variable]] = {False: Loss, True: RegularizationLoss}
+class LossMetric(nnx.Variable):
+    """The nnx variable in which :func:`sow_metric` leaves a metric."""
+
+
+# For each kind that a collector has: how to add one, linen's collection, and nnx's variable. Not
+# the collection "metrics", for models have one of their own.
+_ADD = {
+    "losses": LossCollector.add_loss,
+    "regularization_losses": LossCollector.add_regularization_loss,
+    "metrics": LossCollector.add_metric,
+}
+_COLLECTIONS = {
+    "losses": "losses",
+    "regularization_losses": "regularization_losses",
+    "metrics": "loss_metrics",
+}
+_VARIABLES: dict[str, type[nnx.Variable]] = {
+    "losses": Loss,
+    "regularization_losses": RegularizationLoss,
+    "metrics": LossMetric,
+}
 
 # Whether a function is being captured: then a module of nnx must be seen by the capture to sow.
 _is_capturing = contextvars.ContextVar("_is_capturing", default=False)
@@ -85,11 +103,44 @@ def sow_loss(
         >>> print(losses.get_losses())
         {'activity': Array(1., dtype=float32)}
     """
+    _sow(module, "regularization_losses" if regularization else "losses", name, value)
+
+
+def sow_metric(module: nn.Module | nnx.Module, name: str, value: ArrayLike | WeightedMean) -> None:
+    """Leave a metric in the state of a module, as :func:`sow_loss` leaves a loss.
+
+    It is collected beside the losses and is no part of the total loss. In linen its collection is
+    ``loss_metrics``, in nnx its variable is :class:`LossMetric`.
+
+    Args:
+        module: The module, of linen or of nnx.
+        name: The name of the metric within the module; as for a loss.
+        value: A scalar, an array of numbers, all of which count, or a ``WeightedMean``.
+
+    Raises:
+        ValueError: as :func:`sow_loss`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> import jaxlosses.flax as jlf
+        >>> class Router(nnx.Module):
+        ...     def __call__(self, x):
+        ...         jlf.sow_metric(self, "share_of_first", jnp.argmax(x, -1) == 0)
+        ...         return x
+        >>> y, losses = jlf.capture(Router())(jnp.array([[2.0, 1.0], [0.0, 3.0]]))
+        >>> print(losses.get_metrics(), losses.get_total_loss())
+        {'share_of_first': Array(0.5, dtype=float32)} 0.0
+    """
+    _sow(module, "metrics", name, value)
+
+
+def _sow(module: Any, kind: str, name: str, value: ArrayLike | WeightedMean) -> None:
     if not isinstance(name, str) or not name or "/" in name:
         raise ValueError(f"name must be a non-empty string without '/', got {name!r}")
-    mean = as_mean(name, value)
+    mean = as_mean(kind, name, value)
     if isinstance(module, nn.Module):
-        collection = _COLLECTIONS[regularization]
+        collection = _COLLECTIONS[kind]
         if not module.is_initializing() and module.is_mutable_collection(collection):
             run = _current_run(module)
             if run is None:
@@ -101,7 +152,7 @@ def sow_loss(
             add = functools.partial(_Sown.add, run=run)
             module.sow(collection, name, mean, reduce_fn=add, init_fn=_Sown)
     elif isinstance(module, nnx.Module):
-        variable, captures = _VARIABLES[regularization], getattr(module, "__captures__", None)
+        variable, captures = _VARIABLES[kind], getattr(module, "__captures__", None)
         others = (sown for sown in captures or () if type(sown) is not variable)
         # Flax would overwrite what has the name already.
         if hasattr(module, name) or any(name in sown for sown in others):
@@ -125,10 +176,10 @@ def collect(state: Any, *, expected: Any = None) -> LossCollector:
 
     Args:
         state: In linen, the mutated variables that ``apply`` returns. In nnx, the state that
-            ``nnx.capture`` with :class:`Loss` and :class:`RegularizationLoss` returns; if it
-            returns two states, merge them.
-        expected: Names of losses that must have been sown. Flax drops the losses of a ``scan`` or
-            ``vmap`` that does not declare them, without an error; this makes it one.
+            ``nnx.capture`` with :class:`Loss`, :class:`RegularizationLoss` and :class:`LossMetric`
+            returns; if it returns several states, merge them.
+        expected: Names of losses or metrics that must have been sown. Flax drops what a ``scan`` or
+            ``vmap`` does not declare, without an error; this makes it one.
 
     Raises:
         ValueError: if ``state`` is not such a state, or if an expected loss is missing, saying
@@ -157,21 +208,20 @@ def _check_expected(expected: Any) -> tuple[str, ...]:
 
 
 def _collect(
-    sown_losses: Iterable[tuple[bool, str, Any]], expected: tuple[str, ...]
+    sown_losses: Iterable[tuple[str, str, Any]], expected: tuple[str, ...]
 ) -> LossCollector:
     """A collector of what :func:`_sown_in` found, if all expected names are among it."""
-    collector = LossCollector()
-    for regularization, name, sown in sown_losses:
-        add = collector.add_regularization_loss if regularization else collector.add_loss
-        collector = add(name, _mean_of(name, sown))
-    names = {*collector.losses, *collector.regularization_losses}
+    collector, names = LossCollector(), set()
+    for kind, name, sown in sown_losses:
+        collector = _ADD[kind](collector, name, _mean_of(kind, name, sown))
+        names.add(name)
     missing = sorted(set(expected) - names)
     if missing:
         raise ValueError(
             f"expected losses {missing} were not sown, only {sorted(names)}. In linen, are "
-            f"'losses' and 'regularization_losses' in `mutable` of apply, and in `variable_axes` "
-            f"of every nn.scan and nn.vmap? Was sow_loss called, and not only in init? In nnx, was "
-            f"the module called within capture?"
+            f"{list(_COLLECTIONS.values())} in `mutable` of apply, and in `variable_axes` of every "
+            f"nn.scan and nn.vmap? Was sow_loss called, and not only in init? In nnx, was the "
+            f"module called within capture?"
         )
     return collector
 
@@ -291,7 +341,7 @@ def _capture(modules: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
             )
     outer = _is_capturing.set(True)
     try:
-        run = nnx.capture(lambda _: fn(*args, **kwargs), Loss, RegularizationLoss)
+        run = nnx.capture(lambda _: fn(*args, **kwargs), *_VARIABLES.values())
         return run(modules[0] if len(modules) == 1 else modules)
     finally:
         _is_capturing.reset(outer)
@@ -348,18 +398,18 @@ def _current_run(*modules: nn.Module) -> Any:
     return None
 
 
-def _sown_in(state: Any) -> Iterator[tuple[bool, str, Any]]:
-    """For all that was sown: whether it is a regularization loss, its path, and the value."""
+def _sown_in(state: Any) -> Iterator[tuple[str, str, Any]]:
+    """The kind, the path and the value of all that was sown."""
     if isinstance(state, nnx.State):
         for path, variable in nnx.to_flat_state(state):
-            for regularization, kind in _VARIABLES.items():
-                if isinstance(variable, kind):
-                    yield regularization, "/".join(map(str, path)), variable.get_value()
+            for kind, variable_type in _VARIABLES.items():
+                if isinstance(variable, variable_type):
+                    yield kind, "/".join(map(str, path)), variable.get_value()
     elif isinstance(state, Mapping):
-        for regularization, collection in _COLLECTIONS.items():
+        for kind, collection in _COLLECTIONS.items():
             flat = traverse_util.flatten_dict(state.get(collection, {}), sep="/")
             for path, sown in flat.items():
-                yield regularization, path, sown
+                yield kind, path, sown
     else:
         raise ValueError(
             f"state must be the variables that apply returns, or an nnx.State; "
@@ -367,15 +417,15 @@ def _sown_in(state: Any) -> Iterator[tuple[bool, str, Any]]:
         )
 
 
-def _mean_of(name: str, sown: Any) -> WeightedMean:
+def _mean_of(kind: str, name: str, sown: Any) -> WeightedMean:
     """What was sown under one name, as one mean; with an axis if it was sown several times."""
-    means = sown.means if isinstance(sown, _Sown) else _sown_by_flax(name, sown)
+    means = sown.means if isinstance(sown, _Sown) else _sown_by_flax(kind, name, sown)
     if len(means) == 1:
         return means[0]
     return jax.tree.map(lambda *x: jnp.concatenate([jnp.ravel(y) for y in x]), *means)
 
 
-def _sown_by_flax(name: str, sown: Any) -> list[WeightedMean]:
+def _sown_by_flax(kind: str, name: str, sown: Any) -> list[WeightedMean]:
     """Scalars that a module sowed by Flax's own method ``sow``."""
     values = sown if isinstance(sown, tuple) else (sown,)
     if any(jnp.shape(value) for value in values):
@@ -384,7 +434,7 @@ def _sown_by_flax(name: str, sown: Any) -> list[WeightedMean]:
             f"{[jnp.shape(value) for value in values]}: only sow_loss can tell whether the "
             f"elements are losses to average or layers to sum"
         )
-    return [as_mean(name, value) for value in values]
+    return [as_mean(kind, name, value) for value in values]
 
 
 def _children(fields: tuple[str, ...], tree: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-REDUCTIONS = ("mean", "average", "sum", "none", "parts")
+REDUCTIONS = ("mean", "average", "sum", "none", "parts", "average_parts")
 TOTALS = ("mean", "average", "sum")
 close = functools.partial(chex.assert_trees_all_close, rtol=2e-6, atol=2e-6)
 
@@ -252,7 +252,7 @@ def linear_in_the_weights(case: Case) -> None:
 
 def reductions_agree(case: Case) -> None:
     values, weights = case.draw(), case.weights()
-    mean, average, total, none, parts = reduced(case)(*values, weights)
+    mean, average, total, none, parts, average_parts = reduced(case)(*values, weights)
     unweighted = np.asarray(case.loss(*values, reduction="none"), np.float64)
     w = np.asarray(weights, np.float64)
     assert none.shape == case.losses_shape
@@ -262,6 +262,8 @@ def reductions_agree(case: Case) -> None:
     close(mean, np.float32((w * unweighted).sum() / (w != 0).sum()), rtol=1e-5)
     close(parts.value, mean)
     assert int(parts.count) == (w != 0).sum()
+    close(average_parts.value, average)
+    close(average_parts.count, np.float32(w.sum()))
     close(reduced(case)(*values, -weights)[0], -mean)
 
 
@@ -322,11 +324,8 @@ def what_is_absent_touches_nothing(case: Case) -> None:
             # The derivative with respect to a weight of zero is the loss there.
             close(jnp.where(weights == 0, 0, gradients[-1]), jnp.where(weights == 0, 0, exact[-1]))
     hidden = case.hide(values, weights, np.nan, -1)
-    for reduction, (_, gradients) in zip(
-        TOTALS, differentiated(case)(*hidden, weights), strict=True
-    ):
-        # An average depends on every weight, as the divisor does.
-        assert reduction == "average" or not gradients[-1][weights == 0].any()
+    for _, gradients in differentiated(case)(*hidden, weights):
+        assert not gradients[-1][weights == 0].any()
 
     @jax.jit
     def along(points, tangents, weights):
@@ -350,9 +349,10 @@ def the_derivative_of_a_weight_is_its_loss(case: Case) -> None:
     values, weights = case.draw(), case.weights()
     losses = case.loss(*values, reduction="none")
     count = (weights != 0).sum()
-    mean = functools.partial(case.loss, reduction="mean")
-    of_weights = jax.grad(mean, len(values))(*values, weights)
-    close(of_weights, losses / count.astype(jnp.float32), rtol=1e-5)
+    of_mean, of_average, _ = differentiated(case)(*values, weights)
+    close(of_mean[1][-1], losses / count.astype(jnp.float32), rtol=1e-5)
+    average, gradients = of_average
+    close(gradients[-1], (losses - average) / jnp.sum(weights), rtol=1e-5, atol=1e-5)
 
 
 def trouble_that_counts_propagates(case: Case) -> None:
@@ -419,7 +419,7 @@ def members_of_an_axis_agree_with_the_whole(case: Case) -> None:
 
     def loss(*arguments, reduction, axis_name=None):
         result = case.loss(*arguments, reduction=reduction, axis_name=axis_name)
-        return result.value if reduction == "parts" else result
+        return result if reduction in TOTALS else result.value
 
     def in_shard_map(*arguments, reduction):
         return jax.shard_map(
@@ -430,7 +430,7 @@ def members_of_an_axis_agree_with_the_whole(case: Case) -> None:
         )(*arguments)
 
     def gradients(of):
-        each = [functools.partial(of, reduction=r) for r in (*TOTALS, "parts")]
+        each = [functools.partial(of, reduction=r) for r in (*TOTALS, "parts", "average_parts")]
         return jax.jit(lambda *a: [jax.value_and_grad(f, every_argument(case))(*a) for f in each])
 
     sharded, whole = (gradients(of)(*values, weights) for of in (in_shard_map, loss))

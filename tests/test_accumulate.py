@@ -3,10 +3,12 @@
 import collections
 import copy
 import dataclasses
+import functools
 import pickle
 import re
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxlosses as jl
+import jaxlosses.flax as jlf
 
 ROWS = 24
 
@@ -48,7 +51,7 @@ def loss_fn(params, batch):
     error = jl.mean_squared_error(hidden, targets, known, reduction="parts")
     losses = jl.LossCollector().add_loss("xent", xent).add_loss("error", error)
     losses = losses.add_loss("activity", 0.1 * jnp.square(hidden))
-    losses = losses.add_loss("scalar", jnp.mean(hidden**3))
+    losses = losses.add_loss("scalar", jl.WeightedMean(jnp.mean(hidden**3), 1))
     return losses.regularize(params, {"a": jl.l2_regularizer(0.1)})
 
 
@@ -62,7 +65,7 @@ def whole(params, batch):
 
 
 def assert_agree(found, expected):
-    """Compare values and gradients, but no counts: a scalar counts once in each microbatch."""
+    """Compare values and gradients, but no counts: some count once in each microbatch."""
     ((total, losses), grads), ((whole_total, whole_losses), whole_grads) = found, expected
     chex.assert_trees_all_close(grads, whole_grads, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_close(total, whole_total, rtol=1e-5)
@@ -93,28 +96,209 @@ def test_where_nothing_counts_the_gradient_is_finite():
     assert_agree(((total, losses), grads), whole(PARAMS, batch))
 
 
-def num_products(function, *arguments):
-    """How many matrix products the compiled program has."""
-    text = jax.jit(function).lower(*arguments).compile().as_text()
-    return len(re.findall(r" (?:dot|convolution)\(", text))
+def num_products(program):
+    """How many matrix products a compiled program has."""
+    return len(re.findall(r" (?:dot|convolution)\(", program.as_text()))
 
 
-def test_the_scan_for_counts_has_no_model():
-    """Counts depend on data, so the compiler removes the model from this scan."""
+def mean_of(params, batch, *, model, reduction="parts", weights=None):
+    """A loss of class ids whose weights are data, unless others are given."""
+    logits = model(params, batch["x"])
+    mask = batch["mask"] if weights is None else weights(logits)
+    return jl.sparse_softmax_cross_entropy(logits, batch["ids"], mask, reduction=reduction)
+
+
+def deep(params, x):
+    return jnp.tanh(x @ params["a"]) @ params["b"]
+
+
+def scanned(params, x):
+    """Four layers of one scan."""
+    layers = jnp.stack([params["a"] @ params["a"].T] * 4)
+    x, _ = jax.lax.scan(lambda x, layer: (jnp.tanh(x @ layer), None), x, layers)
+    return deep(params, x)
+
+
+lifted = jl.weighted(optax.softmax_cross_entropy_with_integer_labels)
+MEANS_OF_DATA = {
+    "deep": functools.partial(mean_of, model=deep),
+    "checkpointed": functools.partial(mean_of, model=jax.checkpoint(deep)),
+    "scanned": functools.partial(mean_of, model=scanned),
+    "jitted": jax.jit(functools.partial(mean_of, model=deep)),
+    "averaged": functools.partial(mean_of, model=deep, reduction="average_parts"),
+    "lifted": lambda p, b: lifted(deep(p, b["x"]), b["ids"], b["mask"], reduction="parts"),
+    "average lifted": lambda p, b: lifted(
+        deep(p, b["x"]), b["ids"], b["mask"], reduction="average_parts"
+    ),
+    "last layer": lambda p, b: jl.linear_softmax_cross_entropy(
+        jnp.tanh(b["x"] @ p["a"]), p["b"], b["ids"], b["mask"], reduction="parts"
+    ),
+    "sequences": lambda p, b: jax.vmap(
+        lambda x, ids, mask: mean_of(p, {"x": x, "ids": ids, "mask": mask}, model=deep)
+    )(*(jnp.stack([b[k]] * 2, 1) for k in ("x", "ids", "mask"))).macro(),
+    "segments": lambda p, b: jl.segment_means(
+        mean_of(p, b, model=deep, reduction="none"), b["ids"], 3, b["mask"]
+    ),
+    "coefficient": lambda p, b: p["b"][0, 0] * mean_of(p, b, model=deep) / 2,
+    "captured": lambda p, b: jlf.capture(Sows().apply)({"params": p}, b)[1].losses["xent"],
+}
+
+
+class Sows(nn.Module):
+    def __call__(self, batch):
+        params = self.variables["params"]
+        jlf.sow_loss(self, "xent", mean_of(params, batch, model=deep))
+
+
+@pytest.mark.parametrize("name", MEANS_OF_DATA)
+def test_the_scan_for_counts_has_no_model(name):
+    """These counts depend on data, so the compiler removes the model from this scan."""
+
+    def loss_fn(params, batch):
+        return jl.LossCollector().add_loss("loss", MEANS_OF_DATA[name](params, batch))
+
     batch = draw()
-    accumulate = jl.accumulate_value_and_grad(loss_fn, 4)
-    assert num_products(accumulate, PARAMS, batch) == num_products(whole, PARAMS, batch) > 0
+    accumulate = jax.jit(jl.accumulate_value_and_grad(loss_fn, 4))
+    program = accumulate.lower(PARAMS, batch).compile()
+    whole = jax.jit(jax.value_and_grad(lambda *a: loss_fn(*a).get_total_loss()))
+    whole_program = whole.lower(PARAMS, batch).compile()
+    assert num_products(program) == num_products(whole_program) > 0
+    ((total, _), grads), expected = program(PARAMS, batch), whole_program(PARAMS, batch)
+    chex.assert_trees_all_close((total, grads), expected, rtol=1e-5, atol=1e-6)
 
-    def depends_on_the_model(params, batch):
-        hidden = jnp.tanh(batch["x"] @ params["a"])
-        losses = jl.compute_weighted_loss(batch["mask"], hidden[:, 0] > 0, reduction="parts")
-        return jl.LossCollector().add_loss("gated", losses)
 
-    # Here the weights need a part of the model, which runs in both scans.
-    assert num_products(jl.accumulate_value_and_grad(depends_on_the_model, 4), PARAMS, batch) > 0
-    (total, _), _ = jl.accumulate_value_and_grad(depends_on_the_model, 4)(PARAMS, batch)
-    expected = depends_on_the_model(PARAMS, batch).get_total_loss()
-    chex.assert_trees_all_close(total, expected, rtol=1e-6)
+def test_the_scan_for_counts_has_the_model_where_they_depend_on_it():
+    def loss_fn(params, batch):
+        def confidence(logits):
+            return jax.nn.sigmoid(logits[:, 0])
+
+        mean = mean_of(params, batch, model=deep, reduction="average_parts", weights=confidence)
+        return jl.LossCollector().add_loss("confident", mean)
+
+    batch = draw()
+    accumulate = jax.jit(jl.accumulate_value_and_grad(loss_fn, 4))
+    program = accumulate.lower(PARAMS, batch).compile()
+    whole = jax.jit(jax.value_and_grad(lambda *a: loss_fn(*a).get_total_loss()))
+    whole_program = whole.lower(PARAMS, batch).compile()
+    forward = jax.jit(loss_fn).lower(PARAMS, batch).compile()
+    assert num_products(program) == num_products(whole_program) + num_products(forward)
+    ((total, _), grads), expected = program(PARAMS, batch), whole_program(PARAMS, batch)
+    chex.assert_trees_all_close((total, grads), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_scalars_that_modules_sow_are_refused():
+    """Through capture too, and if Flax's own sow left them; regularization is not concerned."""
+
+    class Router(nn.Module):
+        way: str
+
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", nn.initializers.ones, ())
+            value = jnp.mean(w * x)
+            if self.way == "flax":
+                self.sow("losses", "balance", value)
+            elif self.way == "metric":
+                jlf.sow_metric(self, "balance", value)
+            elif self.way == "meant":
+                jlf.sow_loss(self, "balance", jl.WeightedMean(value, 1))
+            else:
+                regularization = self.way == "regularization"
+                jlf.sow_loss(self, "balance", value, regularization=regularization)
+            return x
+
+    class Nnx(nnx.Module):
+        def __call__(self, x):
+            jlf.sow_loss(self, "balance", jnp.mean(x))
+
+    def step(way):
+        apply = Router(way).apply if way != "nnx" else lambda v, x: Nnx()(v["params"]["w"] * x)
+
+        def loss_fn(params, x):
+            if way == "nnx":
+                return jlf.capture(lambda m: m(params["w"] * x))(Nnx())[1]
+            return jlf.capture(apply)({"params": params}, x)[1]
+
+        return jl.accumulate_value_and_grad(loss_fn, 2)({"w": jnp.float32(2)}, X)
+
+    for way in ("scalar", "flax", "metric", "nnx"):
+        with pytest.raises(ValueError, match=r"balance must be an undivided mean.*got a scalar"):
+            step(way)
+    for way in ("meant", "regularization"):
+        (total, _), _ = step(way)
+        assert total == 7
+
+
+def test_batch_statistics_and_dropout_of_linen():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.BatchNorm(use_running_average=False, momentum=0.9)(nn.Dense(6)(x))
+            return nn.Dense(3)(nn.Dropout(0.5, deterministic=False)(x))
+
+    model, batch, key = Net(), draw(), jax.random.key(1)
+    variables = model.init({"params": key, "dropout": key}, batch["x"])
+
+    def apply(params, batch, key):
+        variables_now = {"params": params, "batch_stats": variables["batch_stats"]}
+        return model.apply(variables_now, batch["x"], mutable="batch_stats", rngs={"dropout": key})
+
+    check_state_and_keys(apply, variables["params"], variables["batch_stats"], batch)
+
+
+def test_batch_statistics_and_dropout_of_nnx():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.last = nnx.Linear(5, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+            self.norm = nnx.BatchNorm(6, momentum=0.9, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.last(self.dropout(self.norm(self.first(x))))
+
+    graph, params, rest = nnx.split(Net(nnx.Rngs(0)), nnx.Param, ...)
+
+    def apply(params, batch, key):
+        model = nnx.merge(graph, params, rest, copy=True)
+        nnx.reseed(model, default=key)
+        return model(batch["x"]), {"batch_stats": nnx.state(model, nnx.BatchStat)}
+
+    check_state_and_keys(apply, params, nnx.filter_state(rest, nnx.BatchStat), draw())
+
+
+def check_state_and_keys(apply, params, state, batch):
+    """One step of the running averages from all microbatches, each with a mask of its own."""
+
+    def loss_fn(params, batch, key):
+        logits, new = apply(params, batch, key)
+        xent = jl.sparse_softmax_cross_entropy(
+            logits, batch["ids"], batch["mask"], reduction="parts"
+        )
+        return jl.LossCollector().add_loss("xent", xent), new["batch_stats"]
+
+    key, n = jax.random.key(3), 4
+    step = jax.jit(jl.accumulate_value_and_grad(loss_fn, n, has_aux=True))
+    (total, (_, stacked)), grads = step(params, batch, key=key)
+
+    def written_out(params):
+        microbatches = [jax.tree.map(lambda x, i=i: x[i::n], batch) for i in range(n)]
+        pairs = zip(microbatches, jax.random.split(key, n), strict=True)
+        results = [loss_fn(params, *pair) for pair in pairs]
+        return sum(losses for losses, _ in results).get_total_loss(), [aux for _, aux in results]
+
+    (expected, states), expected_grads = jax.jit(jax.value_and_grad(written_out, has_aux=True))(
+        params
+    )
+    chex.assert_trees_all_close((total, grads), (expected, expected_grads), rtol=1e-5, atol=1e-6)
+    mean = jax.tree.map(lambda x: x.mean(0), stacked)
+    chex.assert_trees_all_close(mean, jax.tree.map(lambda *x: sum(x) / n, *states), rtol=1e-5)
+    assert jax.tree.structure(mean) == jax.tree.structure(state)
+    assert not np.allclose(jax.tree.leaves(mean)[0], jax.tree.leaves(state)[0])
+    others = step(params, batch, key=jax.random.key(4))
+    assert others[0][0] != total
+    for wrong in (3, key[None], jnp.ones(2), "a", np.zeros(2, np.uint32)):
+        with pytest.raises(ValueError, match="key must be a single key"):
+            jl.accumulate_value_and_grad(loss_fn, n, has_aux=True)(params, batch, key=wrong)
 
 
 def test_aux_is_stacked():
@@ -346,9 +530,11 @@ def test_a_loss_may_have_an_axis_of_layers_but_not_of_rows():
     assert (total, grad) == (21, 10.5)
 
     def examples(w, batch):
-        return jax.vmap(lambda x: jl.LossCollector().add_loss("example", w * x))(batch)
+        return jax.vmap(lambda x: jl.LossCollector().add_loss("row", jl.WeightedMean(w * x, 1)))(
+            batch
+        )
 
-    with pytest.raises(ValueError, match=r"example must have one shape.*\(2,\), \(8,\)"):
+    with pytest.raises(ValueError, match=r"row must have one shape.*\(2,\), \(8,\)"):
         jl.accumulate_value_and_grad(examples, 4)(2.0, jnp.arange(8.0))
 
 

@@ -32,7 +32,7 @@ def collector(x=2.0):
     layers = jl.WeightedMean(x * jnp.array([2.0, 6.0]), jnp.array([1.0, 2.0]))
     losses = jl.LossCollector().add_loss("scalar", x).add_loss("losses", x * jnp.array([1.0, 3.0]))
     losses = losses.add_loss("encoder/masked", masked).add_loss("encoder/layers", layers)
-    return losses.add_regularization_loss("l2", x / 4)
+    return losses.add_regularization_loss("l2", x / 4).add_metric("accuracy", masked / 10)
 
 
 EXPECTED = {
@@ -214,13 +214,18 @@ def test_str_is_a_table():
         "regularization",
         "l2                   0.5      1",
         "total               21.5",
+        "metric",
+        "accuracy             0.5      2",
     ]
+    fractions = jl.LossCollector().add_loss("weighted", jl.WeightedMean(1.0, 2.5))
+    fractions = fractions.add_metric("unknown", jl.WeightedMean(1.0, jnp.nan))
+    assert [line.split()[-1] for line in str(fractions).split("\n")[1::3]] == ["2.5", "nan"]
 
 
 def test_repr_shows_values_or_what_stands_in_their_place():
     assert repr(collector()) == (
         "LossCollector(losses={encoder/layers: [4, 6], encoder/masked: 5, losses: 4, scalar: 2}, "
-        "regularization_losses={l2: 0.5})"
+        "regularization_losses={l2: 0.5}, metrics={accuracy: 0.5})"
     )
     seen = []
     jax.eval_shape(lambda: (losses := collector(), seen.extend([repr(losses), str(losses)]))[0])
@@ -252,6 +257,7 @@ def test_to_dict_has_scalars_only():
         "losses": 4,
         "scalar": 2,
         "l2": 0.5,
+        "accuracy": 0.5,
         "total_loss": 21.5,
     }
     assert all(value.shape == () for value in jax.jit(collector().to_dict)().values())
@@ -276,7 +282,7 @@ def test_a_collector_is_restored_from_a_checkpoint(tmp_path):
     # Who has no collector to restore into reads the names that are public.
     expected = {
         kind: {name: {"total": m.total, "count": m.count} for name, m in means.items()}
-        for kind in ("losses", "regularization_losses")
+        for kind in ("losses", "regularization_losses", "metrics")
         for means in [getattr(losses, kind)]
     }
     chex.assert_trees_all_equal(plain, expected)

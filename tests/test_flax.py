@@ -22,11 +22,12 @@ import jaxlosses as jl
 import jaxlosses.flax as jlf
 
 X = jnp.array([[1.0, 2.0, 3.0], [0.0, 0.0, 4.0]])
-COLLECTIONS = ["losses", "regularization_losses"]
+COLLECTIONS = ["losses", "regularization_losses", "loss_metrics"]
+VARIABLES = (jlf.Loss, jlf.RegularizationLoss, jlf.LossMetric)
 
 
 class Block(nn.Module):
-    """A layer that sows an array of losses, an undivided mean and a regularization loss."""
+    """A layer that sows an array of losses, an undivided mean, a regularization and a metric."""
 
     width: int = 3
 
@@ -38,6 +39,7 @@ class Block(nn.Module):
         masked = jl.compute_weighted_loss(x, x > 0, reduction="parts")
         jlf.sow_loss(self, "masked", masked)
         jlf.sow_loss(self, "l2", jl.l2_regularizer(0.5)(kernel), regularization=True)
+        jlf.sow_metric(self, "positive", x > 0)
         return x
 
 
@@ -63,7 +65,7 @@ class Twice(nn.Module):
 
 
 class Scanned(nn.Module):
-    axes: tuple = ("losses", "regularization_losses")
+    axes: tuple = tuple(COLLECTIONS)
     remat: bool = False
     carry: bool = False
 
@@ -91,6 +93,8 @@ def test_linen_losses_have_module_paths_and_right_values():
     names = {f"layer_{i}/{name}" for i in range(2) for name in ("square", "masked")}
     assert set(losses.losses) == names
     assert set(losses.regularization_losses) == {"layer_0/l2", "layer_1/l2"}
+    assert set(losses.metrics) == {"layer_0/positive", "layer_1/positive"}
+    np.testing.assert_allclose(losses.get_metrics()["layer_1/positive"], (x > 0).mean())
     np.testing.assert_allclose(losses.get_losses()["layer_1/square"], jnp.square(x).mean())
     np.testing.assert_allclose(losses.get_losses()["layer_1/masked"], x[x > 0].mean())
     assert losses.losses["layer_1/square"].count == x.size
@@ -172,7 +176,7 @@ def test_linen_vmap_sows_the_losses_of_a_loop():
         def __call__(self, x):
             lifted = nn.vmap(
                 Block,
-                variable_axes={"params": None, "losses": 0, "regularization_losses": 0},
+                variable_axes={"params": None} | dict.fromkeys(COLLECTIONS, 0),
                 split_rngs={"params": False},
             )
             return lifted(name="layer")(x)
@@ -460,6 +464,7 @@ class Layer(nnx.Module):
         jlf.sow_loss(self, "masked", jl.compute_weighted_loss(x, x > 0, reduction="parts"))
         l2 = jl.l2_regularizer(0.5)(self.kernel[...])
         jlf.sow_loss(self, "l2", l2, regularization=True)
+        jlf.sow_metric(self, "positive", x > 0)
         return x
 
 
@@ -492,10 +497,10 @@ def test_nnx_gives_the_losses_of_linen():
     chex.assert_trees_all_close(y, expected)
     linen = jlf.collect(state)
     assert {n.replace("layers/", "layer_") for n in losses.losses} == set(linen.losses)
-    chex.assert_trees_all_close(
-        {n.replace("layers/", "layer_"): v for n, v in losses.get_losses().items()},
-        linen.get_losses(),
-    )
+    for kind in ("get_losses", "get_regularization_losses", "get_metrics"):
+        found = {n.replace("layers/", "layer_"): v for n, v in getattr(losses, kind)().items()}
+        assert len(found) >= 2
+        chex.assert_trees_all_close(found, getattr(linen, kind)())
     chex.assert_trees_all_close(losses.get_total_loss(), linen.get_total_loss())
 
 
@@ -507,7 +512,7 @@ def test_nnx_does_nothing_and_warns_of_nothing_outside_of_capture():
         model(X)
         nnx.jit(Layers.__call__)(model, X)
     chex.assert_trees_all_equal(nnx.state(model), before)
-    assert jlf.collect(nnx.pop(model, (jlf.Loss, jlf.RegularizationLoss))).losses == {}
+    assert jlf.collect(nnx.pop(model, VARIABLES)).get_total_loss() == 0
 
 
 @pytest.mark.parametrize("model", [Layers(), ScannedLayers()], ids=["layers", "scan"])
@@ -539,7 +544,7 @@ def test_nnx_scan_and_remat_sow_the_losses_of_their_layers(remat):
 
 def test_nnx_vmap_sows_the_losses_of_a_loop():
     def mapped(layer, x):
-        axes = nnx.StateAxes({(jlf.Loss, jlf.RegularizationLoss): 0, ...: None})
+        axes = nnx.StateAxes({VARIABLES: 0, ...: None})
         return nnx.vmap(Layer.__call__, in_axes=(axes, 0))(layer, x)
 
     # A capture within vmap returns a pytree, which vmap maps as any other.
@@ -780,7 +785,7 @@ def test_nnx_capture_within_a_capture_is_refused():
 
 def test_nnx_capture_of_flax_itself_can_be_collected():
     model = Layers()
-    _, *states = nnx.capture(model, jlf.Loss, jlf.RegularizationLoss)(X)
+    _, *states = nnx.capture(model, *VARIABLES)(X)
     chex.assert_trees_all_equal(jlf.collect(nnx.merge_state(*states)), jlf.capture(model)(X)[1])
     # nnx.pop also finds subclasses, nnx.capture does not. So neither is a subclass of the other.
     assert jlf.Loss.__mro__[1] is nnx.Variable
@@ -882,7 +887,8 @@ STATES = {
     "collector": jl.LossCollector()
     .add_loss("encoder/xent", jl.WeightedMean(jnp.arange(3.0), jnp.ones(3)))
     .add_loss("a", 2.0)
-    .add_regularization_loss("kernel$", 0.5),
+    .add_regularization_loss("kernel$", 0.5)
+    .add_metric("accuracy", 0.5),
 }
 
 

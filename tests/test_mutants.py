@@ -1,4 +1,4 @@
-"""A test of the tests: the package with one thing wrong, each time, and a property that notices.
+"""A test of the tests: the package with one thing wrong, each time, and a check that notices.
 
 A mutant is the package's own source with one piece replaced, imported under another name.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from arguments import cases, lifted_cases
+from laws import LAWS
 from properties import PROPERTIES
 from test_properties import CASES
 
@@ -18,12 +19,14 @@ import jaxlosses as jl
 SOURCE = Path(jl.__file__).parent
 KERNEL, MASKING, MEAN, LABELS = "_kernel.py", "_masking.py", "_mean.py", "_labels.py"
 REDUCE, REDUCE_CPU, TYPING = "_reduce.py", "_reduce_cpu.py", "_typing.py"
-LIFT = "_weighted.py"
+LIFT, SEGMENTS = "_weighted.py", "_segments.py"
+COLLECTOR, ACCUMULATE = "_collector.py", "_accumulate.py"
 REGRESSION, CLASSES, LOGITS = "_regression.py", "_classification.py", "_logits.py"
-BY_NAME = {check.__name__: check for check in PROPERTIES}
+BY_NAME = {check.__name__: check for check in (*PROPERTIES, *LAWS)}
 
 MUTANTS = {
-    # name: (file, what it says, what the mutant says, the loss, the property that notices)
+    # name: (file, what it says, what the mutant says, the loss, the property that notices),
+    # or without a loss, the law that notices.
     "multiply instead of select": (
         MASKING,
         "return lax.mul(_select(weights.astype(bool), losses), scale)",
@@ -104,8 +107,8 @@ MUTANTS = {
     ),
     "average as if it were the mean": (
         KERNEL,
-        'if reduction == "average":',
-        'if reduction == "averages":',
+        'if reduction in ("average", "average_parts"):',
+        "if False:",
         "mean_squared_error",
         "reductions_agree",
     ),
@@ -160,15 +163,15 @@ MUTANTS = {
     ),
     "divide by a count of zero": (
         MEAN,
-        "return lax.select(is_empty, zero, lax.div(",
-        "return (lambda ratio: total / count)(lax.div(",
+        "lax.select(is_empty, zero + 1, count)",
+        "count",
         "mean_squared_error",
         "nothing_counts_gives_zero",
     ),
     "NaN where nothing counts": (
         MEAN,
-        "return lax.select(is_empty, zero, lax.div(",
-        "return lax.select(is_empty, zero + jnp.nan, lax.div(",
+        "lax.select(is_empty, zero, total)",
+        "lax.select(is_empty, zero + jnp.nan, total)",
         "mean_squared_error",
         "nothing_counts_gives_zero",
     ),
@@ -368,6 +371,118 @@ MUTANTS = {
         "mean_squared_error",
         "wrong_arguments_are_named",
     ),
+    "count where weights are to be summed": (
+        KERNEL,
+        'if reduction in ("average", "average_parts"):',
+        'if reduction == "average":',
+        None,
+        "parts_of_every_split_add_up",
+    ),
+    "learn the weight of an absent loss from the sum of weights": (
+        KERNEL,
+        "where(weights.astype(bool) | jnp.isfinite(losses), zeros + 1, zeros)",
+        "zeros + 1",
+        "mean_squared_error",
+        "what_is_absent_touches_nothing",
+    ),
+    "hold the sum of weights constant": (
+        KERNEL,
+        "if isinstance(tangent, SymbolicZero):",
+        "if True:",
+        "mean_squared_error",
+        "the_derivative_of_a_weight_is_its_loss",
+    ),
+    "scale the count": (
+        MEAN,
+        'WeightedMean(jnp.multiply(*_alike(total, "factor", factor)), count)',
+        'WeightedMean(*(jnp.multiply(*_alike(x, "factor", factor)) for x in (total, count)))',
+        None,
+        "coefficients_scale_the_total_alone",
+    ),
+    "average over empty groups": (
+        MEAN,
+        "jnp.broadcast_to(count != 0, total.shape)",
+        "jnp.broadcast_to(count == count, total.shape)",
+        None,
+        "a_macro_average_leaves_out_what_has_no_count",
+    ),
+    "average groups of a positive count": (
+        MEAN,
+        "jnp.broadcast_to(count != 0, total.shape)",
+        "jnp.broadcast_to(count > 0, total.shape)",
+        None,
+        "a_macro_average_leaves_out_what_has_no_count",
+    ),
+    "differentiate where the count is 0": (
+        MEAN,
+        "lax.select(is_empty, zero, total)",
+        "total",
+        None,
+        "a_macro_average_leaves_out_what_has_no_count",
+    ),
+    "hold denominators constant in microbatches": (
+        ACCUMULATE,
+        "part.total - mean * jnp.asarray(part.count, mean.dtype)",
+        "part.total",
+        None,
+        "microbatches_are_the_whole",
+    ),
+    "take the mean of the microbatch for that of the batch": (
+        ACCUMULATE,
+        "mean = divide(whole.total, whole.count)",
+        "mean = divide(part.total, part.count)",
+        None,
+        "microbatches_are_the_whole",
+    ),
+    "hold the mean of the batch constant in second derivatives": (
+        ACCUMULATE,
+        "mean = divide(whole.total, whole.count)",
+        "mean = jax.lax.stop_gradient(divide(whole.total, whole.count))",
+        None,
+        "second_derivatives_of_microbatches_are_the_whole",
+    ),
+    "accept divided means of microbatches": (
+        COLLECTOR,
+        "is_microbatch.value and kind",
+        "False and kind",
+        None,
+        "a_divided_mean_of_microbatches_is_refused",
+    ),
+    "give all microbatches one key": (
+        ACCUMULATE,
+        "(jax.random.split(_check_key(key), self.num_microbatches),)",
+        "(jnp.stack([_check_key(key)] * self.num_microbatches),)",
+        None,
+        "every_microbatch_has_a_key_of_its_own",
+    ),
+    "add metrics to the total": (
+        COLLECTOR,
+        "values = list(self.get_losses().values())",
+        "values = [*self.get_losses().values(), *self.get_metrics().values()]",
+        None,
+        "metrics_are_no_part_of_the_total",
+    ),
+    "merge what has no names with nothing": (
+        COLLECTOR,
+        "if not empty._all_means():",
+        "if False:",
+        None,
+        "the_empty_collector_is_neutral",
+    ),
+    "wrap ids of segments": (
+        SEGMENTS,
+        "weights = jnp.where(in_segment, weights, jnp.zeros_like(weights))",
+        "ids, in_segment = ids % num_segments, True",
+        None,
+        "segments_are_groups",
+    ),
+    "let JAX cut ids of segments": (
+        SEGMENTS,
+        'narrow_integers("segment_ids", segment_ids)',
+        "segment_ids",
+        None,
+        "segments_are_groups",
+    ),
     "let JAX cut wide integers": (
         TYPING,
         "return value.astype(np.float32) if is_cut else value",
@@ -392,11 +507,11 @@ def test_mutant_is_caught(mutation, tmp_path, monkeypatch):
         path.write_text(imports)
     monkeypatch.syspath_prepend(tmp_path)
     mutant = importlib.import_module(package)
-    case = (cases(mutant) | lifted_cases(mutant))[loss]
-    check = BY_NAME[noticed_by]
-    assert loss in CASES  # So test_properties.py finds that the right package has the property.
+    # test_properties.py and test_laws.py find that the right package passes.
+    subject = (cases(mutant) | lifted_cases(mutant))[loss] if loss else mutant
+    assert not loss or loss in CASES
     # JAX itself refuses some; a NameError would be a mutant that says nothing.
     with pytest.raises((AssertionError, ValueError, TypeError, OverflowError)):
-        check(case)
+        BY_NAME[noticed_by](subject)
     for name in [n for n in sys.modules if n.startswith(package)]:
         del sys.modules[name]

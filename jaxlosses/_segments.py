@@ -1,0 +1,83 @@
+"""Means of the segments of packed sequences."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from jaxlosses._blocks import auto_sharded
+from jaxlosses._kernel import align
+from jaxlosses._labels import narrow_integers
+from jaxlosses._mean import WeightedMean
+from jaxlosses._regression import compute_weighted_loss
+from jaxlosses._typing import ClassIds, Reals, Weights, as_array, check_integer, keep_wide
+
+
+def segment_means(
+    losses: Reals, segment_ids: ClassIds, num_segments: int, weights: Weights = 1.0
+) -> WeightedMean:
+    r"""The undivided mean of each segment, where several sequences are packed into one array.
+
+    $$\text{mean}_s = \frac{\sum_{i:\, s_i = s} w_i\, l_i}{|\{i : s_i = s,\ w_i \ne 0\}|}$$
+
+    A segment may have its places anywhere, sorted or not. ``segment_means(...).macro()`` is the
+    mean over the segments, all of which count equally, however long they are. The ids are those of
+    the whole array. If each row numbers its own segments from 0, take
+    ``jax.vmap(lambda l, s: segment_means(l, s, num_segments))(losses, segment_ids)``, which gives
+    means ``[batch, num_segments]``. Where a segment is cut between batches, microbatches or
+    devices, add up the means of the pieces (``+``, ``.psum(axis_name)``) before ``.macro()``.
+
+    Args:
+        losses: Real numbers ``[batch, d1, ..., dN]``.
+        segment_ids: Integers of the same shape. A place whose id is negative, or ``num_segments``
+            or more, is absent: padding.
+        num_segments: How many segments there are; a Python integer.
+        weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
+
+    Returns:
+        A ``WeightedMean`` ``[num_segments]``, float32 at least. A segment without a place has count
+        and value 0.
+
+    Raises:
+        ValueError: if the segment ids are not integers of the losses' shape, ``num_segments`` is
+            not a positive integer, or the weights do not align.
+
+    References:
+        ``jax.ops.segment_sum``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> losses, ids = jnp.array([1.0, 2.0, 3.0, 6.0, jnp.nan]), jnp.array([0, 0, 0, 1, -1])
+        >>> means = jl.segment_means(losses, ids, 2)
+        >>> print(means.value, means.count, means.macro().value)
+        [2. 6.] [3. 1.] 4.0
+    """
+    losses = as_array("losses", losses)
+    ids = as_array("segment_ids", narrow_integers("segment_ids", segment_ids))
+    if ids.shape != losses.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"segment_ids must be integers of the losses' shape {losses.shape}, got shape "
+            f"{ids.shape} and dtype {ids.dtype}"
+        )
+    if check_integer("num_segments", num_segments) < 1:
+        raise ValueError(f"num_segments must be positive, got {num_segments}")
+    # Narrow integers could not be compared with the number of segments.
+    ids = ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
+    weights = align(as_array("weights", keep_wide("weights", weights)), losses.shape)
+    in_segment = (ids >= 0) & (ids < num_segments)
+    weights = jnp.where(in_segment, weights, jnp.zeros_like(weights))
+    losses = compute_weighted_loss(losses, weights, reduction="none")
+
+    def sums(losses: Array, present: Array, ids: Array) -> list[Array]:
+        return [
+            jax.ops.segment_sum(jnp.ravel(x), jnp.ravel(ids), num_segments)
+            for x in (losses, present)
+        ]
+
+    # A place of no segment adds 0 to the first one. The count is exact because it is an integer.
+    arrays = [losses, weights.astype(bool).astype(jnp.int32), jnp.where(in_segment, ids, 0)]
+    total, count = auto_sharded(sums, arrays, [PartitionSpec()] * 2)
+    return WeightedMean(total, count.astype(total.dtype))
