@@ -64,16 +64,14 @@ def train(images: np.ndarray, labels: np.ndarray, steps: int = 100) -> Any:
 
 
 @jax.jit
-def evaluate(
-    params: Any, batch: tuple[Array, Array], present: Array
-) -> tuple[jl.LossCollector, jl.WeightedMean]:
-    """The losses and the accuracy of one batch over all devices, as undivided means."""
+def evaluate(params: Any, batch: tuple[Array, Array], present: Array) -> jl.LossCollector:
+    """The loss and the accuracy of one batch over all devices, as undivided means."""
     images, labels = batch
     logits = images @ params["kernel"] + params["bias"]
     weights = present & (labels != UNLABELLED)
     xent = jl.sparse_softmax_cross_entropy(logits, labels, weights, reduction="parts")
     right = jl.compute_weighted_loss(jnp.argmax(logits, -1) == labels, weights, reduction="parts")
-    return jl.LossCollector().add_loss("cross_entropy", xent), right
+    return jl.LossCollector().add_loss("cross_entropy", xent).add_metric("accuracy", right)
 
 
 def main() -> None:
@@ -100,15 +98,12 @@ def main() -> None:
     padded = jl.pad_batch(part, steps * rows)
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
     to_devices = functools.partial(jax.make_array_from_process_local_data, sharding)
-    parts = []
+    losses = jl.LossCollector()
     for i in trange(steps, disable=rank > 0, desc="evaluating"):
         batch = jax.tree.map(lambda leaf, i=i: to_devices(leaf[i * rows : (i + 1) * rows]), padded)
-        parts.append(evaluate(params, *batch))
-    totals: Any = [sum(means) for means in zip(*parts, strict=True)]
-    losses, right = totals
+        losses += evaluate(params, *batch)
     if rank == 0:
         print(f"\nOn {jax.device_count()} devices of {processes} processes\n{losses}")
-        print(f"accuracy {right.value:.2%} of {right.count:,.0f}")
 
 
 if __name__ == "__main__":

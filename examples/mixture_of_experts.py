@@ -83,15 +83,15 @@ class Classifier(nnx.Module):
         return self.head(x.mean(1)), jnp.stack(choices)
 
 
-def run(model: Classifier, images: Array, labels: Array) -> tuple[jl.LossCollector, ...]:
-    """The losses, and the metrics in a collector of their own."""
+def run(model: Classifier, images: Array, labels: Array) -> tuple[jl.LossCollector, Any]:
+    """The losses with the accuracy, and the share of tokens of each expert in each layer."""
     (logits, choices), losses = jlf.capture(model, expected=SOWN)(images)
     cross_entropy = jl.sparse_softmax_cross_entropy(logits, labels, reduction="parts")
     losses = losses.add_loss("cross_entropy", cross_entropy)
     losses = losses.regularize(nnx.state(model, nnx.Param), {r"kernel$": jl.l2_regularizer(DECAY)})
-    metrics = jl.LossCollector().add_loss("accuracy", jnp.argmax(logits, -1) == labels)
     tokens = jnp.full((LAYERS, EXPERTS), labels.size * ROWS)
-    return losses, metrics.add_loss("load", jl.WeightedMean(choices.sum((1, 2)), tokens))
+    losses = losses.add_metric("accuracy", jnp.argmax(logits, -1) == labels)
+    return losses, jl.WeightedMean(choices.sum((1, 2)), tokens)
 
 
 @nnx.jit
@@ -124,14 +124,15 @@ def train(balance: float, images: Array, labels: Array, steps: int, **bar) -> tu
     return model, history
 
 
-def evaluate(model: Classifier, images: Array, labels: Array) -> list[Any]:
-    """The losses and the metrics of all batches, also of the last one, which is smaller."""
+def evaluate(model: Classifier, images: Array, labels: Array) -> tuple[jl.LossCollector, Any]:
+    """What ``run`` gives, of all batches, also of the last one, which is smaller."""
     batches = [slice(i, i + BATCH) for i in range(0, len(images), BATCH)]
     jitted = nnx.jit(run)
-    parts = [jitted(model, images[batch], labels[batch]) for batch in batches]
     # Totals and counts add up, so these means are exact. (Except for the load balance, which is a
     # product of two means of a batch, and so depends on how the data is cut into batches.)
-    return [sum(collectors) for collectors in zip(*parts, strict=True)]
+    parts = [jitted(model, images[batch], labels[batch]) for batch in batches]
+    losses, loads = zip(*parts, strict=True)
+    return sum(losses, jl.LossCollector()), sum(loads)
 
 
 def report(metrics: dict[str, dict[str, Array]]) -> None:
@@ -187,8 +188,8 @@ def main() -> None:
     metrics, histories = {}, {}
     for title, balance in (("without", 0.0), ("with", BALANCE)):
         model, histories[title] = train(balance, images, labels, options.steps, desc=title)
-        losses, measured = evaluate(model, held_images, held_labels)
-        metrics[title] = measured.get_losses()
+        losses, load = evaluate(model, held_images, held_labels)
+        metrics[title] = {**losses.get_metrics(), "load": load.value}
     print(f"\nHeld-out losses of the model with the load-balance loss\n{losses}")
     report(metrics)
     draw(options.out, metrics, histories)

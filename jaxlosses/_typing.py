@@ -29,8 +29,8 @@ R = TypeVar("R")
 
 Reduction: TypeAlias = Literal["mean", "average", "sum", "none", "parts", "average_parts"]
 AxisName: TypeAlias = Hashable | tuple[Hashable, ...] | None
-# An Array, or a WeightedMean where the reduction is "parts" or "average_parts": no signature can say
-# it through jit, and a union would burden every caller.
+# An Array, or a WeightedMean where the reduction is "parts" or "average_parts": no signature can
+# say it through jit, and a union would burden every caller.
 Result: TypeAlias = Any
 
 
