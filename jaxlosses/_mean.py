@@ -71,7 +71,7 @@ class WeightedMean:
 
     @property
     def value(self) -> Array:
-        """The mean, at least float32: ``total / count``, and 0 where the count is 0.
+        """``total / count`` in float32 at least, and 0 where the count is 0.
 
         Raises:
             ValueError: if total or count is not a real array or number.

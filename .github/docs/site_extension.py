@@ -1,0 +1,145 @@
+"""What Sphinx lacks for this site: formulas as MathML, and a page for every public name."""
+
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import latex2mathml.converter
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxRole
+
+import jaxlosses
+import jaxlosses.flax
+
+DISPLAY = re.compile(r"^( *)\$\$(.+?)\$\$", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![$\w])")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Add the parts of this file to Sphinx."""
+    app.add_html_math_renderer("mathml", (_inline_formula, None), (_formula, None))
+    app.add_config_value("source_url", "", "env", str)
+    app.add_role("source", Source())
+    app.connect("builder-inited", write_reference)
+    # Before napoleon, which reads the sections of a docstring.
+    app.connect("autodoc-process-docstring", _mark_formulas, priority=400)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+class Source(SphinxRole):
+    """A link to a file of the repository: ``{source}`tests/test_tpu.py```."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        """The link, if there is such a file."""
+        if not (Path(self.env.srcdir).parent.parent / self.text).exists():
+            message = self.inliner.reporter.error(f"there is no file {self.text}", line=self.lineno)
+            return [self.inliner.problematic(self.rawtext, self.rawtext, message)], [message]
+        literal = nodes.literal("", self.text)
+        return [nodes.reference("", "", literal, refuri=self.config.source_url + self.text)], []
+
+
+def to_mathml(formula: str, display: str) -> str:
+    """MathML of a formula in LaTeX."""
+    return latex2mathml.converter.convert(" ".join(formula.split()), display=display)
+
+
+def _inline_formula(writer: nodes.NodeVisitor, node: nodes.math) -> None:
+    writer.body.append(to_mathml(node.astext(), "inline"))
+    raise nodes.SkipNode
+
+
+def _formula(writer: nodes.NodeVisitor, node: nodes.math_block) -> None:
+    mathml = to_mathml(node.astext(), "block")
+    writer.body.append(f'<div class="formula">{mathml}</div>\n')
+    raise nodes.SkipNode
+
+
+def _mark_formulas(app, what, name, obj, options, lines: list[str]) -> None:
+    """Write the formulas of a docstring, in dollars, as reStructuredText has them."""
+
+    def directive(match: re.Match) -> str:
+        indent = match[1]
+        body = textwrap.indent(textwrap.dedent(match[2]).strip(), indent + "   ")
+        return f"{indent}.. math::\n\n{body}\n"
+
+    text = DISPLAY.sub(directive, "\n".join(lines))
+    lines[:] = INLINE.sub(lambda match: f":math:`{match[1]}`", text).splitlines()
+
+
+def public_names() -> dict[str, list[str]]:
+    """Every public name, in groups; none can be forgotten, because none is written here."""
+    groups = {"Losses": [], "Means, collectors and training": [], "Flax": []}
+    for name in jaxlosses.__all__:
+        value = getattr(jaxlosses, name)
+        if callable(value):
+            is_loss = "reduction" in _parameters(value) or name == "weighted"
+            groups["Losses" if is_loss else "Means, collectors and training"].append(name)
+    groups["Flax"] = [
+        f"flax.{name}"
+        for name, value in sorted(vars(jaxlosses.flax).items())
+        if not name.startswith("_") and getattr(value, "__module__", "") == "jaxlosses.flax"
+    ]
+    return groups
+
+
+def _parameters(value: object) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(value).parameters)
+    except ValueError:
+        return ()
+
+
+def write_reference(app: Sphinx) -> None:
+    """Write a page for every public name, and the index of these pages, for this build."""
+    folder = Path(app.srcdir) / "reference"
+    folder.mkdir(exist_ok=True)
+    pages = {"index.rst": _index()}
+    for names in public_names().values():
+        pages |= {f"{name}.rst": _page(name) for name in names}
+    for path in folder.iterdir():
+        if path.name not in pages:
+            path.unlink()
+    for name, text in pages.items():
+        path = folder / name
+        if not path.exists() or path.read_text() != text:  # What is unchanged is not read again.
+            path.write_text(text)
+
+
+def _index() -> str:
+    parts = [_title("Reference"), ".. automodule:: jaxlosses\n"]
+    for group, names in public_names().items():
+        rows = [f"   * - :obj:`jaxlosses.{n}`\n     - {_summary(n)}\n" for n in names]
+        links = "".join(f"   {name} <{name}>\n" for name in names)
+        parts += [
+            _title(group, "-"),
+            f".. currentmodule:: {'jaxlosses.flax' if group == 'Flax' else 'jaxlosses'}\n",
+            ".. list-table::\n   :widths: auto\n   :class: names\n\n" + "".join(rows),
+            f".. toctree::\n   :hidden:\n   :caption: {group}\n\n" + links,
+        ]
+    return "\n".join(parts)
+
+
+def _page(name: str) -> str:
+    module, _, attribute = f"jaxlosses.{name}".rpartition(".")
+    value = getattr(jaxlosses.flax if module.endswith("flax") else jaxlosses, attribute)
+    options = ""
+    if inspect.isclass(value):
+        members = [n for n in vars(value) if not n.startswith(("_", "tree_"))]
+        documented = [n for n in members if getattr(vars(value)[n], "__doc__", None)]
+        options = f"   :members: {', '.join(documented)}\n" if documented else ""
+    kind = "autoclass" if inspect.isclass(value) else "autofunction"
+    return f"{_title(attribute)}\n.. {kind}:: {module}.{attribute}\n{options}"
+
+
+def _summary(name: str) -> str:
+    """The first sentence of a docstring."""
+    value = jaxlosses
+    for part in name.split("."):
+        value = getattr(value, part)
+    return (inspect.getdoc(value) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def _title(text: str, line: str = "=") -> str:
+    return f"{text}\n{line * len(text)}\n"
