@@ -1,7 +1,6 @@
 """Each line of the tables in ``.github/docs/coming_from.md`` is a test against the real library."""
 
 import inspect
-import os
 import re
 from pathlib import Path
 
@@ -90,8 +89,7 @@ def in_jax(code, name, **libraries):
     def function(array):
         return eval(code, {**names, **values, name: array})
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return jax.value_and_grad(function)(values[name])
+    return jax.value_and_grad(function)(values[name])
 
 
 def check(theirs, ours, name):
@@ -121,15 +119,6 @@ def test_pytorch_is_nan_where_all_is_ignored():
         jnp.zeros((2, 3)), jnp.array([-100, -100]), ignore_index=-100
     )
     assert nothing == 0
-
-
-@pytest.fixture(scope="session")
-def keras():
-    os.environ["KERAS_BACKEND"] = "jax"
-    keras = pytest.importorskip("keras")
-    if keras.backend.backend() != "jax":
-        pytest.skip("Keras was imported with another backend")
-    return keras
 
 
 @lines("Keras 3")
@@ -188,9 +177,8 @@ def test_optax_losses_lift(name):
     def theirs(x):
         return jnp.sum(loss_fn(x, inputs[1]) * weights) / jnp.count_nonzero(weights)
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        want = jax.value_and_grad(theirs)(inputs[0])
-        got = jax.value_and_grad(lambda x: jl.weighted(loss_fn)(x, inputs[1], weights))(inputs[0])
+    want = jax.value_and_grad(theirs)(inputs[0])
+    got = jax.value_and_grad(lambda x: jl.weighted(loss_fn)(x, inputs[1], weights))(inputs[0])
     np.testing.assert_allclose(got[0], want[0], rtol=1e-5)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-6)
 
@@ -198,8 +186,7 @@ def test_optax_losses_lift(name):
 def test_optax_triplets_lift():
     a, b, c = (jnp.asarray(x) for x in np.random.default_rng(0).normal(size=(3, BATCH, FEATURES)))
     loss_fn = optax.losses.triplet_margin_loss
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        got, want = jl.weighted(loss_fn, num_inputs=3)(a, b, c), loss_fn(a, b, c).mean()
+    got, want = jl.weighted(loss_fn, num_inputs=3)(a, b, c), loss_fn(a, b, c).mean()
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
