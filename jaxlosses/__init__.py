@@ -44,6 +44,8 @@ compiled. Those of a function that :func:`weighted` lifts may be traced.
 unknown keyword, a missing argument) raises a ``TypeError`` that names the function.
 """
 
+from importlib.metadata import version as _version
+
 from jaxlosses._accumulate import accumulate_value_and_grad, pad_batch
 from jaxlosses._classification import (
     hinge_loss,
@@ -65,6 +67,8 @@ from jaxlosses._regression import (
 from jaxlosses._regularization import l1_regularizer, l2_regularizer
 from jaxlosses._segments import segment_means
 from jaxlosses._weighted import weighted
+
+__version__ = _version("jaxlosses")
 
 __all__ = [
     "LossCollector",

@@ -48,7 +48,8 @@ def accumulate_value_and_grad(
     State that a model changes in a forward pass, such as batch statistics, is returned as ``aux``:
     every microbatch begins with the state that ``loss_fn`` closes over, and ``aux`` has the state
     after each of them. The mean over these is one step of the running averages, from the mean of
-    the microbatches' statistics. The README shows it, of linen and of nnx.
+    the microbatches' statistics. The page on microbatches shows it, of linen
+    and of nnx.
 
     Args:
         loss_fn: ``loss_fn(params, microbatch)`` returns a ``LossCollector``, or with ``has_aux`` a

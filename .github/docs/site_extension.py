@@ -23,6 +23,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_config_value("source_url", "", "env", str)
     app.add_role("source", Source())
     app.connect("builder-inited", write_reference)
+    app.connect("doctree-read", _strip_code)
     # Before napoleon, which reads the sections of a docstring.
     app.connect("autodoc-process-docstring", _mark_formulas, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -66,6 +67,14 @@ def _mark_formulas(app, what, name, obj, options, lines: list[str]) -> None:
 
     text = DISPLAY.sub(directive, "\n".join(lines))
     lines[:] = INLINE.sub(lambda match: f":math:`{match[1]}`", text).splitlines()
+
+
+def _strip_code(app: Sphinx, doctree: nodes.document) -> None:
+    """Do not show the empty line that ends the last output of a code block for doctest."""
+    for block in doctree.findall(nodes.literal_block):
+        if block.rawsource == block.astext():
+            block.rawsource = block.rawsource.rstrip()
+            block.children = [nodes.Text(block.rawsource)]
 
 
 def public_names() -> dict[str, list[str]]:
