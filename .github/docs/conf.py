@@ -19,7 +19,7 @@ source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
 nitpicky = True  # A name that leads nowhere is a warning, and the command makes warnings errors.
 
 # Markdown as on GitHub, with formulas, and with a link from every heading to itself.
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["attrs_block", "dollarmath"]
 myst_heading_anchors = 3
 
 # Docstrings have the types of arguments in words and shapes.

@@ -24,6 +24,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.add_role("source", Source())
     app.connect("builder-inited", write_reference)
     app.connect("doctree-read", _strip_code)
+    app.connect("autodoc-process-signature", _hide_private)
     # Before napoleon, which reads the sections of a docstring.
     app.connect("autodoc-process-docstring", _mark_formulas, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -67,6 +68,11 @@ def _mark_formulas(app, what, name, obj, options, lines: list[str]) -> None:
 
     text = DISPLAY.sub(directive, "\n".join(lines))
     lines[:] = INLINE.sub(lambda match: f":math:`{match[1]}`", text).splitlines()
+
+
+def _hide_private(app, what, name, obj, options, signature, returns):
+    """Nothing public makes a class from its private fields."""
+    return ("()", returns) if what == "class" and "_" in (signature or "")[:2] else None
 
 
 def _strip_code(app: Sphinx, doctree: nodes.document) -> None:
@@ -119,7 +125,7 @@ def write_reference(app: Sphinx) -> None:
 def _index() -> str:
     parts = [_title("Reference"), ".. automodule:: jaxlosses\n"]
     for group, names in public_names().items():
-        rows = [f"   * - :obj:`jaxlosses.{n}`\n     - {_summary(n)}\n" for n in names]
+        rows = [f"   * - :obj:`{n} <jaxlosses.{n}>`\n     - {_summary(n)}\n" for n in names]
         links = "".join(f"   {name} <{name}>\n" for name in names)
         parts += [
             _title(group, "-"),

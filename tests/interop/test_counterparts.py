@@ -51,6 +51,15 @@ def linear(params, x):
     return x @ params["kernel"]
 
 
+def code_of_page(name, first_line):
+    """The code block of a page that begins with a line."""
+    page = Path(__file__).parents[2] / ".github" / "docs" / name
+    if not page.exists():
+        pytest.skip("the pages are not here, only the tests")
+    (code,) = re.findall(rf"^```python\n({first_line}.+?)^```", page.read_text(), re.M | re.S)
+    return code
+
+
 # Checkpoints.
 
 
@@ -257,6 +266,16 @@ def test_equinox_filters():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_equinox_takes_the_step_of_the_page():
+    eqx = pytest.importorskip("equinox")
+    names = {}
+    exec(code_of_page("named_losses.md", "import equinox"), names)
+    model = eqx.nn.MLP(4, "scalar", 8, 1, key=jax.random.key(0))
+    (total, losses), grads = names["gradients"](model, *BATCH)
+    assert sorted(losses.to_dict()) == ["error", "total_loss", "weight$"]
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves((total, grads)))
+
+
 def test_equinox_modules_hold_a_collector():
     eqx = pytest.importorskip("equinox")
 
@@ -274,12 +293,8 @@ def test_equinox_modules_hold_a_collector():
 
 
 def test_keras_compiles_with_the_adapter_of_the_page(keras):
-    page = Path(__file__).parents[2] / ".github" / "docs" / "coming_from.md"
-    if not page.exists():
-        pytest.skip("the pages are not here, only the tests")
-    (code,) = re.findall(r"^```python\n(import keras\n.+?)^```", page.read_text(), re.M | re.S)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1, name="dense")])
-    exec(code, {"model": model})
+    exec(code_of_page("coming_from.md", "import keras"), {"model": model})
     x, y, weights = (np.asarray(a, np.float32) for a in BATCH)
     y, weights = y[:, None], weights * np.array([1, 2, 1, 1, 1, 1, 1, 1], np.float32)
     want = jl.absolute_difference(model.predict(x, verbose=0), y, weights[:, None])
