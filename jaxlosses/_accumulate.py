@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxlosses._collector import LossCollector, is_microbatch
+from jaxlosses._collector import KINDS, LossCollector, is_microbatch
 from jaxlosses._mean import WeightedMean, divide, widen
 from jaxlosses._typing import as_array, check_integer, checked_call, is_float
 
@@ -33,23 +33,24 @@ def accumulate_value_and_grad(
 
     of losses $k$ with totals $t$ and counts $c$ in microbatches $m$. Each loss has a count of its
     own, so no single factor for the gradient of a microbatch would be right. Two scans over the
-    microbatches are: the first one adds up totals and counts, and the second one the gradients.
+    microbatches do it. The first one adds up totals and counts, the second one adds up gradients.
 
     If counts depend on the data and not on parameters, their gradients are zero, and nothing needs
-    the totals of the first scan. Inside of ``jax.jit`` the compiler then removes the model from it
-    (but not from a ``lax.cond``). If counts depend on parameters, as ``"average_parts"`` of learned
-    weights does, value and gradient are still those of the whole batch, and the part of the model
-    that totals and counts need runs twice.
+    the totals of the first scan. Inside of ``jax.jit`` the compiler then removes the model from it.
+    (It cannot remove a ``lax.cond``. A model within one has its forward pass run twice.) If counts
+    depend on parameters, as with ``"average_parts"`` and learned weights, value and gradient are
+    still those of the whole batch, and the forward pass runs twice.
 
-    A loss must be undivided, because a mean of the microbatches' means would be wrong. A scalar
-    that is not such a mean is added as ``WeightedMean(value, 1)``; its value is the mean over the
-    microbatches. Regularization, which is the same in all of them, may be a scalar.
+    A loss must be undivided, because the mean of the microbatches' means is not the mean of the
+    batch. So a scalar is refused. One that is no such mean is added as ``WeightedMean(value, 1)``;
+    its value is the mean over the microbatches. A regularization loss may be a scalar, and must
+    then be the same in all microbatches: it depends on parameters alone.
 
-    State that a model changes in a forward pass, such as batch statistics, is returned as ``aux``:
-    every microbatch begins with the state that ``loss_fn`` closes over, and ``aux`` has the state
-    after each of them. The mean over these is one step of the running averages, from the mean of
-    the microbatches' statistics. The page on microbatches shows it, of linen
-    and of nnx.
+    State that a model changes in a forward pass, such as batch statistics, is returned as ``aux``.
+    Every microbatch begins with the state that ``loss_fn`` closes over, and ``aux`` has the state
+    after each of them. The mean of these states is what one step with the mean of the microbatches'
+    statistics gives (for a variance, the mean of the variances within the microbatches). The
+    page on microbatches shows it, for linen and for nnx.
 
     Args:
         loss_fn: ``loss_fn(params, microbatch)`` returns a ``LossCollector``, or with ``has_aux`` a
@@ -65,16 +66,16 @@ def accumulate_value_and_grad(
     Returns:
         A function of ``(params, batch, *, key=None)``. ``params`` and ``batch`` are pytrees of
         arrays: floating-point parameters, and numbers or keys with one leading axis. ``key`` is a
-        single ``jax.random.key``, which is split into one for each microbatch. The function returns
-        ``((total, losses), grads)``, or with ``has_aux`` ``((total, (losses, aux)), grads)``, where
-        ``aux`` is that of all microbatches, stacked. The total is ``losses.get_total_loss()`` of
-        the whole batch. Gradients have the dtypes of the parameters and are summed in float32 at
-        least. The function can be pickled if ``loss_fn`` can.
+        single ``jax.random.key``, which ``jax.random.split`` makes into one for each microbatch.
+        The function returns ``((total, losses), grads)``, or with ``has_aux`` ``((total, (losses,
+        aux)), grads)``, where ``aux`` is that of all microbatches, stacked. The total is
+        ``losses.get_total_loss()`` of the whole batch. Gradients have the dtypes of the parameters
+        and are summed in float32 at least. The function can be pickled if ``loss_fn`` can.
 
     Raises:
         ValueError: if ``loss_fn`` is not a function or ``num_microbatches`` not a positive integer.
             The returned function raises it if a parameter is not real and floating-point, if the
-            batch holds other than numbers and keys, if its leading axes differ or are not a
+            batch holds anything but numbers and keys, if its leading axes differ or are not a
             multiple of ``num_microbatches``, if ``key`` is not a single key, if ``loss_fn`` does
             not return a ``LossCollector`` (with ``has_aux``, a pair), if it adds a scalar as a loss
             or a metric although there are several microbatches, or if a loss has an axis over the
@@ -127,11 +128,9 @@ class _ValueAndGrad:
         _, losses = jax.lax.scan(add_up, None, microbatches)
         whole = _sum(losses)
         if any(leaf.ndim for leaf in jax.tree.leaves(whole)):
-            # A loss whose axis is the rows has other shapes for the whole batch. To merge them
-            # raises an error that names the loss.
             keys = () if key is None else (key,)
             full = jax.eval_shape(lambda *a: self._losses_and_aux(*a)[0], params, batch, *keys)
-            jax.eval_shape(LossCollector.merge, whole, full)
+            _check_axes(whole, full)
 
         def part_of_total(params: Any, microbatch: Any) -> tuple[Array, tuple[LossCollector, Any]]:
             losses, aux = self._losses_and_aux(params, *microbatch)
@@ -151,13 +150,18 @@ class _ValueAndGrad:
 
     def _losses_and_aux(self, params: Any, batch: Any, *key: Any) -> tuple[LossCollector, Any]:
         """What the loss function returns, checked."""
-        with is_microbatch(self.num_microbatches > 1):
+        with is_microbatch(is_microbatch.value or self.num_microbatches > 1):
             result = self.loss_fn(params, batch, *key)
         if self.has_aux and not (isinstance(result, tuple) and len(result) == 2):
+            length = f" of length {len(result)}" if isinstance(result, tuple) else ""
             raise ValueError(
-                f"loss_fn must return a pair (losses, aux), got {type(result).__name__}"
+                f"loss_fn must return a pair (losses, aux), got {type(result).__name__}{length}"
             )
         losses, aux = result if self.has_aux else (result, ())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+            if not isinstance(leaf, Array | np.ndarray | np.generic | int | float | complex):
+                name = f"aux{jax.tree_util.keystr(path)}"
+                raise ValueError(f"{name} must be an array or a number, got {type(leaf).__name__}")
         if not isinstance(losses, LossCollector):
             raise ValueError(f"loss_fn must return a LossCollector, got {type(losses).__name__}")
         return losses, aux
@@ -250,7 +254,7 @@ def _split(batch: Any, num_microbatches: int) -> Any:
     def cut(path: Any, leaf: Any) -> Array:
         whole, leaf = leaf, jnp.asarray(leaf)
         has_integers = isinstance(whole, np.ndarray) and whole.dtype.kind in "iu"
-        if has_integers and whole.dtype != leaf.dtype and np.any(np.asarray(leaf) != whole):
+        if has_integers and np.any(whole.astype(leaf.dtype) != whole):
             raise ValueError(
                 f"batch{jax.tree_util.keystr(path)} must hold integers of {leaf.dtype}, to which "
                 f"JAX cuts them, got integers from {whole.min()} to {whole.max()}"
@@ -262,16 +266,31 @@ def _split(batch: Any, num_microbatches: int) -> Any:
     return jax.tree_util.tree_map_with_path(cut, batch)
 
 
+def _check_axes(whole: LossCollector, full: LossCollector) -> None:
+    """``ValueError`` naming a loss whose axis is the rows, so that microbatches cannot be added.
+
+    Its sum over the microbatches has another shape than the loss of the full batch.
+    """
+    for kind in KINDS:
+        for name, mean in getattr(whole, kind).items():
+            shape = jnp.shape(getattr(full, kind)[name].total)
+            if jnp.shape(mean.total) != shape:
+                raise ValueError(
+                    f"{name} must not have an axis over the rows of the batch, got shape "
+                    f"{jnp.shape(mean.total)} for a microbatch and {shape} for the batch; .macro() "
+                    f"is the mean over the elements of a mean"
+                )
+
+
 def _check_key(key: Any) -> Any:
     """``key``; ``ValueError`` unless it is a single key, of the new kind or the old one."""
-    dtype, shape = getattr(key, "dtype", None), np.shape(key) if isinstance(key, Array) else None
-    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not (is_key and shape == ()) and not (
-        shape is not None and dtype == np.uint32 and len(shape) == 1
-    ):
-        got = f"shape {shape} and dtype {dtype}" if shape is not None else type(key).__name__
-        raise ValueError(f"key must be a single key, such as jax.random.key(0), got {got}")
-    return key
+    got = type(key).__name__
+    if isinstance(key, Array):
+        got = f"shape {key.shape} and dtype {key.dtype}"
+        is_new = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        if (is_new and key.ndim == 0) or (key.dtype == np.uint32 and key.ndim == 1):
+            return key
+    raise ValueError(f"key must be a single key, such as jax.random.key(0), got {got}")
 
 
 def _part_of_mean(part: WeightedMean, whole: WeightedMean) -> WeightedMean:

@@ -48,9 +48,10 @@ class LossCollector:
     and starts from ``jax.tree.map(jnp.zeros_like, losses)``.
 
     The value of a loss is a scalar, an array of losses, all of which count, or a ``WeightedMean``,
-    which has a count of its own. A scalar counts 1, so that the sum of collectors has its mean,
-    which is a mean of means if the scalar is a mean. A ``WeightedMean`` may have axes (the layers
-    of a ``scan``): each element is then a loss of its own, and the total loss is their sum. A loss
+    which has a count of its own. A scalar counts 1, so that the sum of collectors has the mean of
+    the scalars. (If these are means of batches, it is a mean of means. Add undivided means.) A
+    ``WeightedMean`` may have axes (the layers of a ``scan``): each element is then a loss of its
+    own, and the total loss is their sum. ``mean.macro()`` is the mean over the elements. A loss
     with a coefficient is ``add_loss(name, coefficient * mean)``.
 
     Metrics are kept and added up in the same way, and are no part of the total loss.
@@ -313,7 +314,9 @@ class LossCollector:
         if not isinstance(name, str) or name in ("", TOTAL):
             raise ValueError(f"name must be a non-empty string other than {TOTAL!r}, got {name!r}")
         if name in self._all_means():
-            raise ValueError(f"name {name!r} is taken; every loss needs a name of its own")
+            raise ValueError(
+                f"name {name!r} is taken; every loss and metric needs a name of its own"
+            )
         means = {**getattr(self, kind), name: as_mean(kind, name, value)}
         # In the order in which jit returns them: the structure of a pytree includes the order.
         return dataclasses.replace(self, **{f"_{kind}": dict(sorted(means.items()))})
@@ -331,9 +334,10 @@ def as_mean(kind: str, name: str, value: ArrayLike | WeightedMean) -> WeightedMe
         losses = as_floats(**{name: value})
         if not losses[0].shape and is_microbatch.value and kind != "regularization_losses":
             raise ValueError(
-                f"{name} must be an undivided mean in one of several microbatches, which count "
-                f"different numbers of losses, got a scalar; use reduction='parts', or "
-                f"WeightedMean(value, 1) if the mean of the microbatches' values is meant"
+                f"{name} must be undivided where a batch has several microbatches, because the "
+                f"mean of their means is not the mean of the batch, got a scalar; add an array of "
+                f"losses, what a loss gives with reduction='parts' or 'average_parts', or "
+                f"WeightedMean(value, 1) if the mean over the microbatches is meant"
             )
         return reduce_losses(lambda x: x, losses, 1.0, reduction="parts", axis_name=None)
     parts = as_floats(**{f"{name}.total": value.total, f"{name}.count": value.count})

@@ -87,12 +87,13 @@ class WeightedMean:
         """
         if not isinstance(other, WeightedMean):
             raise ValueError(
-                f"other must be a WeightedMean to be merged, got {type(other).__name__}"
+                f"other, which is added to a WeightedMean, must be one, got {type(other).__name__}"
             )
         (total, count), (other_total, other_count) = _parts(self), _parts(other)
         if total.shape != other_total.shape:
             raise ValueError(
-                f"other must have the shape {total.shape} to be merged, got {other_total.shape}"
+                f"other, which is added to a WeightedMean of shape {total.shape}, must have that "
+                f"shape, got {other_total.shape}"
             )
         return WeightedMean(jnp.add(total, other_total), jnp.add(count, other_count))
 
@@ -136,8 +137,8 @@ class WeightedMean:
             4.0 2.0 3.0
         """
         total, count = _parts(self)
-        value, has_count = divide(total, count), jnp.broadcast_to(count != 0, total.shape)
-        return WeightedMean(jnp.sum(value), jnp.sum(has_count).astype(value.dtype))
+        value = divide(total, count)
+        return WeightedMean(jnp.sum(value), jnp.sum(count != 0).astype(value.dtype))
 
     def psum(self, axis_name: Hashable) -> WeightedMean:
         """The mean over all members of a mapped axis (``shard_map``, ``vmap``), in one collective.
@@ -151,10 +152,14 @@ class WeightedMean:
 def _parts(mean: WeightedMean) -> tuple[Array, Array]:
     """Total and count, checked where they are used: JAX puts other leaves into a pytree as well.
 
-    The sum of two booleans would be a boolean.
+    Sums of fewer than 32 bits would soon overflow or stop growing, so they are float32.
     """
     parts = as_array("WeightedMean.total", mean.total), as_array("WeightedMean.count", mean.count)
-    total, count = (x.astype(jnp.float32) if x.dtype == jnp.bool_ else x for x in parts)
+    total, count = (x.astype(jnp.float32) if x.dtype.itemsize < 4 else x for x in parts)
+    if total.shape != count.shape:
+        raise ValueError(
+            f"WeightedMean.count must have the total's shape {total.shape}, got {count.shape}"
+        )
     return total, count
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jaxlosses._blocks import auto_sharded
@@ -12,7 +12,17 @@ from jaxlosses._kernel import align
 from jaxlosses._labels import narrow_integers
 from jaxlosses._mean import WeightedMean
 from jaxlosses._regression import compute_weighted_loss
-from jaxlosses._typing import ClassIds, Reals, Weights, as_array, check_integer, keep_wide
+from jaxlosses._typing import (
+    ClassIds,
+    Reals,
+    Weights,
+    as_array,
+    check_integer,
+    is_integer,
+    keep_wide,
+)
+
+_BLOCK = 4096  # How many losses are added up one after the other.
 
 
 def segment_means(
@@ -22,27 +32,31 @@ def segment_means(
 
     $$\text{mean}_s = \frac{\sum_{i:\, s_i = s} w_i\, l_i}{|\{i : s_i = s,\ w_i \ne 0\}|}$$
 
-    A segment may have its places anywhere, sorted or not. ``segment_means(...).macro()`` is the
-    mean over the segments, all of which count equally, however long they are. The ids are those of
-    the whole array. If each row numbers its own segments from 0, take
+    Ids may be in any order. ``segment_means(...).macro()`` is the mean over the segments, all of
+    which count equally, however long they are. (Without ``.macro()`` a ``LossCollector`` takes each
+    segment as a loss of its own and sums them.) The ids are those of the whole array. If each row
+    numbers its own segments from 0, take
     ``jax.vmap(lambda l, s: segment_means(l, s, num_segments))(losses, segment_ids)``, which gives
     means ``[batch, num_segments]``. Where a segment is cut between batches, microbatches or
     devices, add up the means of the pieces (``+``, ``.psum(axis_name)``) before ``.macro()``.
 
+    Absent losses may hold NaN. What they are computed from is masked by the loss that you take them
+    from (``reduction="none"``), not here.
+
     Args:
         losses: Real numbers ``[batch, d1, ..., dN]``.
-        segment_ids: Integers of the same shape. A place whose id is negative, or ``num_segments``
-            or more, is absent: padding.
+        segment_ids: Integers of the same shape. A loss whose id is negative, or ``num_segments`` or
+            more, is absent: padding.
         num_segments: How many segments there are; a Python integer.
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
 
     Returns:
-        A ``WeightedMean`` ``[num_segments]``, float32 at least. A segment without a place has count
-        and value 0.
+        A ``WeightedMean`` ``[num_segments]``, float32 at least. A segment in which nothing counts
+        has count and value 0.
 
     Raises:
         ValueError: if the segment ids are not integers of the losses' shape, ``num_segments`` is
-            not a positive integer, or the weights do not align.
+            not an integer from 1 to $2^{31} - 1$, or the weights do not align.
 
     References:
         ``jax.ops.segment_sum``.
@@ -57,13 +71,12 @@ def segment_means(
     """
     losses = as_array("losses", losses)
     ids = as_array("segment_ids", narrow_integers("segment_ids", segment_ids))
-    if ids.shape != losses.shape or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(
-            f"segment_ids must be integers of the losses' shape {losses.shape}, got shape "
-            f"{ids.shape} and dtype {ids.dtype}"
-        )
-    if check_integer("num_segments", num_segments) < 1:
-        raise ValueError(f"num_segments must be positive, got {num_segments}")
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"segment_ids must be integers, got dtype {ids.dtype}")
+    if ids.shape != losses.shape:
+        raise ValueError(f"segment_ids must have the losses' shape {losses.shape}, got {ids.shape}")
+    if not 1 <= check_integer("num_segments", num_segments) < 2**31:
+        raise ValueError(f"num_segments must be from 1 to 2**31 - 1, got {num_segments}")
     # Narrow integers could not be compared with the number of segments.
     ids = ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
     weights = align(as_array("weights", keep_wide("weights", weights)), losses.shape)
@@ -71,13 +84,18 @@ def segment_means(
     weights = jnp.where(in_segment, weights, jnp.zeros_like(weights))
     losses = compute_weighted_loss(losses, weights, reduction="none")
 
-    def sums(losses: Array, present: Array, ids: Array) -> list[Array]:
-        return [
-            jax.ops.segment_sum(jnp.ravel(x), jnp.ravel(ids), num_segments)
-            for x in (losses, present)
-        ]
+    def sums(*arrays: Array) -> list[Array]:
+        losses, present, ids = map(jnp.ravel, arrays)
+        # One after the other, many numbers add up to a float32 that has lost digits, and in the end
+        # grows no more. So blocks have sums of their own, together no larger than the losses.
+        length = max(_BLOCK, num_segments)
+        count = -(-losses.size // length) if is_integer(losses.size) else 1
+        if count > 1:
+            ids += num_segments * (lax.iota(ids.dtype, losses.size) // length)
+        of_blocks = (jax.ops.segment_sum(x, ids, count * num_segments) for x in (losses, present))
+        return [jnp.sum(x.reshape(count, num_segments), 0) for x in of_blocks]
 
-    # A place of no segment adds 0 to the first one. The count is exact because it is an integer.
+    # A loss of no segment adds 0 to the first one. The count is exact because it is an integer.
     arrays = [losses, weights.astype(bool).astype(jnp.int32), jnp.where(in_segment, ids, 0)]
     total, count = auto_sharded(sums, arrays, [PartitionSpec()] * 2)
     return WeightedMean(total, count.astype(total.dtype))

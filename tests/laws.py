@@ -159,6 +159,11 @@ def a_divided_mean_of_microbatches_is_refused(package: ModuleType) -> None:
         assert "WeightedMean(value, 1)" in message, name
         package.accumulate_value_and_grad(function, 1)(1.0, batch)
 
+    def nested(w, batch):
+        return package.accumulate_value_and_grad(loss_fn, 1)(w, batch)[0][1]
+
+    assert "got a scalar" in raises(package.accumulate_value_and_grad(nested, 2), 1.0, batch)
+
 
 def coefficients_scale_the_total_alone(package: ModuleType) -> None:
     for shape in ((), (3,)):

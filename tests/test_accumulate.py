@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental import checkify
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxlosses as jl
@@ -222,7 +223,7 @@ def test_scalars_that_modules_sow_are_refused():
         return jl.accumulate_value_and_grad(loss_fn, 2)({"w": jnp.float32(2)}, X)
 
     for way in ("scalar", "flax", "metric", "nnx"):
-        with pytest.raises(ValueError, match=r"balance must be an undivided mean.*got a scalar"):
+        with pytest.raises(ValueError, match=r"balance must be undivided .*got a scalar"):
             step(way)
     for way in ("meant", "regularization"):
         (total, _), _ = step(way)
@@ -401,6 +402,12 @@ def test_arguments_are_checked():
         jl.accumulate_value_and_grad(lambda p, b: jnp.sum(b), 2)(PARAMS, jnp.ones(4))
     with pytest.raises(ValueError, match="loss_fn must return a pair"):
         jl.accumulate_value_and_grad(loss_fn, 2, has_aux=True)(PARAMS, draw())
+    for aux, message in (((1, 2), "got tuple of length 3"), (({"a": "b"},), r"aux\['a'\].*str")):
+        step = jl.accumulate_value_and_grad(
+            lambda p, b, aux=aux: (jl.LossCollector(), *aux), 2, has_aux=True
+        )
+        with pytest.raises(ValueError, match=message):
+            step(PARAMS, draw())
     accumulate = jl.accumulate_value_and_grad(loss_fn, 2)
     for arguments, options in (((), {}), ((1.0,), {}), ((1.0, X, 3), {}), ((1.0, X), {"aux": 1})):
         with pytest.raises(TypeError, match=r"^accumulate_value_and_grad\(loss_fn, 2\) was called"):
@@ -534,7 +541,9 @@ def test_a_loss_may_have_an_axis_of_layers_but_not_of_rows():
             batch
         )
 
-    with pytest.raises(ValueError, match=r"row must have one shape.*\(2,\), \(8,\)"):
+    with pytest.raises(
+        ValueError, match=r"row must not have an axis over the rows.*\(2,\).*\(8,\)"
+    ):
         jl.accumulate_value_and_grad(examples, 4)(2.0, jnp.arange(8.0))
 
 
@@ -627,6 +636,15 @@ def test_integers_that_jax_would_cut_are_refused():
 
     step = jl.accumulate_value_and_grad(loss_fn, 2)
     with pytest.raises(ValueError, match=r"labels.*4294967296"):
-        step(jnp.float32(1), batch)
+        jax.jit(lambda w: step(w, batch))(jnp.float32(1))
     batch["labels"] %= 3
-    assert jnp.isfinite(step(jnp.float32(1), batch)[0][0])
+    expected = step(jnp.float32(1), batch)
+    assert jnp.isfinite(expected[0][0])
+    # JAX makes tracers of the batch that the function closes over.
+    found = jax.jit(lambda w: step(w, batch))(jnp.float32(1))
+    chex.assert_trees_all_close(found, expected)
+    _, (total, _) = jax.jit(checkify.checkify(lambda w: step(w, batch)[0]))(jnp.float32(1))
+    chex.assert_trees_all_close(total, expected[0][0])
+    batch["labels"] += 3
+    error, _ = checkify.checkify(lambda w: step(w, batch)[0])(jnp.float32(1))
+    assert "labels must be in [0, 3) where they count, got 5" in error.get()

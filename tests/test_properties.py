@@ -21,6 +21,6 @@ def test_property(name, check):
 def test_every_loss_is_found():
     assert len(PUBLIC) >= 10
     functions = {name: value for name, value in vars(jl).items() if inspect.isroutine(value)}
-    weighs = {name for name, f in functions.items() if "weights" in inspect.signature(f).parameters}
-    assert set(PUBLIC) == weighs
+    arguments = {name: set(inspect.signature(f).parameters) for name, f in functions.items()}
+    assert set(PUBLIC) == {n for n, found in arguments.items() if {"weights", "reduction"} <= found}
     assert len(PROPERTIES) >= 20

@@ -56,9 +56,10 @@ def test_members_of_an_axis_add_up(axes):
 
 def test_arguments_are_checked():
     for arguments, message in (
-        ((LOSSES, IDS[0], 3), r"segment_ids must be .* shape \(8, 4\), got shape \(4,\)"),
+        ((LOSSES, IDS[0], 3), r"segment_ids must have .* shape \(8, 4\), got \(4,\)"),
         ((LOSSES, LOSSES, 3), "segment_ids must be integers.* dtype float32"),
-        ((LOSSES, IDS, 0), "num_segments must be positive, got 0"),
+        ((LOSSES, IDS, 0), r"num_segments must be from 1 to 2\*\*31 - 1, got 0"),
+        ((LOSSES, IDS, 2**40), "num_segments must be from 1"),
         ((LOSSES, IDS, 2.0), "num_segments must be an integer, got 2.0"),
         ((LOSSES, IDS, 3, np.ones(3)), r"weights must be .* \(3,\)"),
         (("a", IDS, 3), "losses must be an array"),
@@ -74,3 +75,16 @@ def test_narrow_ids_and_low_precision():
     means = jl.segment_means(losses, jnp.zeros(1000, jnp.int8), 200)
     assert means.total.dtype == jnp.float32
     assert (means.total[0], means.count[0], means.count[1]) == (1000, 1000, 0)
+
+
+def test_long_segments_lose_no_digits():
+    """Ones that are added one by one stop at 2**24."""
+    size = 2**25
+    means = jax.jit(jl.segment_means, static_argnums=2)(
+        jnp.ones(size, jnp.bfloat16), jnp.zeros(size, jnp.int8), 3
+    )
+    assert (means.total[0], means.count[0]) == (size, size)
+    rng = np.random.default_rng(0)
+    losses, ids = rng.random(100_001, np.float32), rng.integers(0, 3, 100_001).astype(np.int32)
+    totals = [losses[ids == i].astype(np.float64).sum() for i in range(3)]
+    np.testing.assert_allclose(jl.segment_means(losses, ids, 3).total, totals, rtol=3e-7)
