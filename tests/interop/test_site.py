@@ -9,11 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+from inspect import ismodule
 from pathlib import Path
 
 import pytest
 
 import jaxlosses as jl
+import jaxlosses.flax as jlf
 
 DOCS = Path(__file__).parents[2] / ".github" / "docs"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -52,7 +54,11 @@ def test_navigation_leads_to_every_page(site, tmp_path):
     for name in pages:
         assert name == "index" or f'href="{name}.html"' in sidebar, name
     reference = opened(f"file://{site}/reference/index.html", tmp_path)
-    for name in jl.__all__:
+    public = {name for name, value in vars(jl).items() if name[0] != "_" and not ismodule(value)}
+    assert set(jl.__all__) == public
+    own = vars(jlf).items()
+    of_flax = [f"flax.{k}" for k, v in own if getattr(v, "__module__", "") == jlf.__name__]
+    for name in (*public, *(name for name in of_flax if not name.startswith("flax._"))):
         assert f'href="{name}.html' in reference, name
         assert (site / "reference" / f"{name}.html").exists()
 
@@ -84,19 +90,19 @@ def test_search_finds_a_loss(site, tmp_path):
 
 def test_no_page_is_wider_than_a_phone(site, tmp_path):
     pages = [path.relative_to(site) for path in site.rglob("*.html")]
-    frames = "".join(f'<iframe src="{page}" width="390" height="800"></iframe>' for page in pages)
+    frames = "".join(
+        f'<iframe id="{page}" src="file://{site / page}" width="390" height="800"></iframe>'
+        for page in pages
+    )
     script = """
       onload = () => { for (const frame of document.querySelectorAll("iframe")) {
         const width = frame.contentDocument.documentElement.scrollWidth;
-        document.body.append(`[${frame.getAttribute("src")} ${width}]`);
+        document.body.append(`[${frame.id} ${width}]`);
       } }
     """
-    measure = site / "measure-width.html"
-    try:
-        measure.write_text(f"<!doctype html><body>{frames}<script>{script}</script></body>")
-        page = opened(f"file://{measure}", tmp_path)
-    finally:
-        measure.unlink()
+    measure = tmp_path / "measure.html"
+    measure.write_text(f"<!doctype html><body>{frames}<script>{script}</script></body>")
+    page = opened(f"file://{measure}", tmp_path / "profile")
     widths = dict(re.findall(r"\[(\S+\.html) (\d+)\]", page))
     assert widths.keys() == {str(path) for path in pages}
     assert {name: width for name, width in widths.items() if int(width) > 390} == {}
