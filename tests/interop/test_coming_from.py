@@ -164,9 +164,13 @@ def test_optax_losses_lift(name):
     elif name.startswith("kl"):
         is_log = "log" in name
         inputs = jax.nn.log_softmax(drawn["x"]), np.log(drawn["soft"]) if is_log else drawn["soft"]
+    elif name == "dice_loss":
+        inputs = drawn["x"], drawn["onehot"]
+    elif name == "binary_dice_loss":
+        inputs = drawn["x"], drawn["valid"].astype(np.float32)
     elif name.startswith("multiclass") or "integer" in name:
         inputs = drawn["x"], drawn["y"]
-    elif name in ("softmax_cross_entropy", "poly_loss_cross_entropy"):
+    elif name in ("softmax_cross_entropy", "safe_softmax_cross_entropy", "poly_loss_cross_entropy"):
         inputs = drawn["x"], drawn["soft"]
     elif second in ("labels", "targets") and name not in ("squared_error", "l2_loss", "huber_loss"):
         inputs = drawn["s"], drawn["t"]
@@ -183,11 +187,29 @@ def test_optax_losses_lift(name):
     np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-6)
 
 
-def test_optax_triplets_lift():
+def test_optax_losses_of_more_inputs_lift():
     a, b, c = (jnp.asarray(x) for x in np.random.default_rng(0).normal(size=(3, BATCH, FEATURES)))
     loss_fn = optax.losses.triplet_margin_loss
     got, want = jl.weighted(loss_fn, num_inputs=3)(a, b, c), loss_fn(a, b, c).mean()
     np.testing.assert_allclose(got, want, rtol=1e-6)
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, CLASSES)), jnp.float32)
+    inputs = logits, jnp.zeros((2, 5)), jnp.array([[1, 2], [1, 1]]), jnp.zeros((2, 2))
+    got, want = jl.weighted(optax.ctc_loss, num_inputs=4)(*inputs), optax.ctc_loss(*inputs).mean()
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_optax_fenchel_young_losses_lift():
+    x, soft, w = (jnp.asarray(arrays()[name]) for name in ("x", "soft", "w"))
+    loss_fn = optax.losses.make_fenchel_young_loss(jax.nn.logsumexp)
+    want = jnp.sum(loss_fn(x, soft) * w) / jnp.count_nonzero(w)
+    np.testing.assert_allclose(jl.weighted(loss_fn)(x, soft, w), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ntxent", "multiclass_generalized_dice_loss"])
+def test_optax_losses_of_a_whole_batch_are_refused(name):
+    labels = arrays()["y" if name == "ntxent" else "onehot"]
+    with pytest.raises(ValueError, match="mean of means"):
+        jl.weighted(getattr(optax.losses, name))(jnp.asarray(arrays()["x"]), jnp.asarray(labels))
 
 
 @lines("rax")
