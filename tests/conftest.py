@@ -33,6 +33,7 @@ def pytest_configure(config):
 
 def pytest_collection_finish():
     gc.freeze()  # What is imported by now stays, and need not be searched for garbage.
+    gc.set_threshold(20_000, 20, 20)  # Nor what JAX keeps of programs, again and again.
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,15 @@ def every_argument(case: Case) -> tuple[int, ...]:
     return (*case.floats, len(case.inputs))
 
 
-# To compile takes nearly all of the time. A property compiles few programs and calls them with all
-# that it has to try, and these two are compiled once for all properties. Some properties compute
-# operation by operation, because operations are the same in all losses.
+# To compile takes nearly all of the time, and each kernel of each program costs the same, however
+# small its arrays are. These programs are compiled once for all properties. What needs a program of
+# its own, as a mesh does, compiles few and calls them with all that it has to try. The rest is
+# computed operation by operation, because operations are the same in all losses.
+def eagerly(case: Case) -> Any:
+    """Operation by operation; but a loss that computes in a loop takes longer so."""
+    return jax.disable_jit(not case.computes)
+
+
 @functools.cache
 def reduced(case: Case) -> Callable[..., Any]:
     """The loss in all reductions."""
@@ -41,19 +47,34 @@ def differentiated(case: Case) -> Callable[..., Any]:
     return jax.jit(lambda *a: [jax.value_and_grad(f, every_argument(case))(*a) for f in losses])
 
 
+@functools.cache
+def second_derivatives(case: Case) -> Callable[..., Any]:
+    """With respect to every argument, as a forward and as a reverse derivative of the gradient."""
+    positions = every_argument(case)
+    gradient = jax.grad(case.loss, positions)
+    return jax.jit(lambda *a: [of(gradient, positions)(*a) for of in (jax.jacfwd, jax.jacrev)])
+
+
+def by_default(case: Case) -> int:
+    """The position, among the totals, of the one that the loss gives if it is not asked."""
+    parameters = inspect.signature(case.loss).parameters
+    return TOTALS.index(parameters["reduction"].default)
+
+
+@functools.cache
+def on_one_device(case: Case) -> tuple[list[Any], Any, Any]:
+    """Inputs and weights whose rows several devices can share, and all totals differentiated."""
+    values, weights = case.draw(batch=(8, 4)), jnp.asarray([0, 1, 0, 0, 0, 0, 6, 7], jnp.float32)
+    return values, weights, differentiated(case)(*values, weights)
+
+
 def jit_is_eager_with_one_trace(case: Case) -> None:
-    for reduction in REDUCTIONS:
-        loss = functools.partial(case.loss, reduction=reduction)
-        chex.clear_trace_counter()
-        jitted = jax.jit(chex.assert_max_traces(lambda *a, loss=loss: loss(*a), n=1))
-        for seed in (0, 1):
-            values, weights = case.draw(seed), case.weights(seed)
-            with jax.disable_jit():
-                eager = loss(*values, weights)
-            close(jitted(*values, weights), eager, rtol=1e-5, atol=1e-5)
-    with jax.disable_jit():
-        eager = differentiated(case)(*values, weights)
-    close(differentiated(case)(*values, weights), eager, rtol=1e-5, atol=1e-5)
+    for program, seed in itertools.product((reduced(case), differentiated(case)), (0, 1)):
+        arguments = (*case.draw(seed), case.weights(seed))
+        with jax.no_tracing(seed > 0):
+            found = program(*arguments)
+        with jax.disable_jit():
+            close(found, program(*arguments), rtol=1e-5, atol=1e-5)
 
 
 def vmap_is_a_loop(case: Case) -> None:
@@ -71,7 +92,8 @@ def vmap_is_a_loop(case: Case) -> None:
         each = [jax.vmap(f, axes)(*some) for f in (reduced(case), differentiated(case))]
         return each, jax.grad(total, every_argument(case))(*some)
 
-    each, of_total = mapped(*stacked)
+    with eagerly(case):
+        each, of_total = mapped(*stacked)
     loop = [[f(*draw) for f in (reduced(case), differentiated(case))] for draw in draws]
     loop = jax.tree.map(lambda *x: np.stack(x), *loop)
     close(each, loop, rtol=1e-5)
@@ -118,8 +140,7 @@ def value_and_derivative_are_of_the_same_inputs(case: Case) -> None:
 
 def second_order_is_symmetric(case: Case) -> None:
     positions = every_argument(case)
-    hessian = jax.hessian(functools.partial(case.loss, reduction="sum"), positions)
-    blocks = jax.jit(hessian)(*case.draw(), case.weights())
+    blocks, _ = second_derivatives(case)(*case.draw(), case.weights())
     shapes = [case.draw()[i].shape for i in case.floats] + [case.losses_shape]
     for i, j in itertools.combinations_with_replacement(range(len(positions)), 2):
         rows, columns = int(np.prod(shapes[i])), int(np.prod(shapes[j]))
@@ -212,9 +233,11 @@ def low_precision_accumulates_in_float32(case: Case) -> None:
     for dtype in (jnp.bfloat16, jnp.float16):
         low = [v.astype(dtype) if i in case.floats else v for i, v in enumerate(values)]
         exact = [v.astype(jnp.float32) if i in case.floats else v for i, v in enumerate(low)]
-        result, gradients = value_and_gradient(*low)
+        with eagerly(case):
+            result, gradients = value_and_gradient(*low)
+            expected = case.loss(*exact)
         assert result.dtype == jnp.float32
-        close(result, value_and_gradient(*exact)[0], rtol=1e-6)
+        close(result, expected, rtol=1e-6)
         for gradient in gradients:
             assert gradient.dtype == dtype
 
@@ -280,8 +303,10 @@ def weights_align_from_the_left(case: Case) -> None:
         given.append(weights)
         aligned.append(np.broadcast_to(padded, full))
     losses = jax.jit(lambda many, *a: [reduced(case)(*a, weights) for weights in many])
-    for found, spread in zip(losses(given, *values), aligned, strict=True):
-        close(found, reduced(case)(*values, spread), rtol=1e-5)
+    with eagerly(case):
+        found = losses(list(map(jnp.asarray, given)), *values)
+    for some, spread in zip(found, aligned, strict=True):
+        close(some, reduced(case)(*values, spread), rtol=1e-5)
 
 
 def nothing_counts_gives_zero(case: Case) -> None:
@@ -302,7 +327,8 @@ def a_zero_row_is_a_dropped_row(case: Case) -> None:
     values, weights = case.draw(), case.weights().at[2].set(0)
     kept = np.delete(np.arange(len(weights)), 2)
     whole = reduced(case)(*values, weights)
-    dropped = reduced(case)(*case.of_each(lambda v: v[kept], values), weights[kept])
+    values = case.of_each(lambda v: np.asarray(v)[kept], values)
+    dropped = reduced(case)(*values, np.asarray(weights)[kept])
     for reduction, *both in zip(REDUCTIONS, whole, dropped, strict=True):
         if reduction != "none":
             close(*both, rtol=1e-5)
@@ -322,7 +348,7 @@ def what_is_absent_touches_nothing(case: Case) -> None:
         for (value, gradients), (true, exact) in zip(found, expected, strict=True):
             close((value, gradients[:-1]), (true, exact[:-1]))
             # The derivative with respect to a weight of zero is the loss there.
-            close(jnp.where(weights == 0, 0, gradients[-1]), jnp.where(weights == 0, 0, exact[-1]))
+            close(np.where(weights == 0, 0, gradients[-1]), np.where(weights == 0, 0, exact[-1]))
     hidden = case.hide(values, weights, np.nan, -1)
     for _, gradients in differentiated(case)(*hidden, weights):
         assert not gradients[-1][weights == 0].any()
@@ -339,18 +365,20 @@ def what_is_absent_touches_nothing(case: Case) -> None:
 
     ones = [jnp.ones_like(v) for v in values]
     tangents = case.hide(ones, weights, np.nan, 0)
-    close(along(hidden, tangents, weights), along(values, ones, weights))
-    for jacobian in (jax.jacfwd, jax.jacrev):
-        hessian = jax.jit(jacobian(jax.grad(case.loss, positions), positions))
-        close(hessian(*hidden, weights), hessian(*values, weights), atol=1e-5)
+    with eagerly(case):
+        close(along(hidden, tangents, weights), along(values, ones, weights))
+    some, others = (second_derivatives(case)(*v, weights) for v in (hidden, values))
+    of_inputs = range(len(positions))
+    for hessian, expected in zip(some, others, strict=True):
+        for i, j in itertools.product(of_inputs, of_inputs):
+            close(hessian[i][j], expected[i][j], atol=1e-5)
 
 
 def the_derivative_of_a_weight_is_its_loss(case: Case) -> None:
     values, weights = case.draw(), case.weights()
     losses = case.loss(*values, reduction="none")
-    count = (weights != 0).sum()
     of_mean, of_average, _ = differentiated(case)(*values, weights)
-    close(of_mean[1][-1], losses / count.astype(jnp.float32), rtol=1e-5)
+    close(of_mean[1][-1], losses / np.float32(np.count_nonzero(weights)), rtol=1e-5)
     average, gradients = of_average
     close(gradients[-1], (losses - average) / jnp.sum(weights), rtol=1e-5, atol=1e-5)
 
@@ -413,39 +441,39 @@ def members_of_an_axis_agree_with_the_whole(case: Case) -> None:
     """In shard_map, value and gradient; two devices have nothing that counts."""
     if case.is_coupled:
         return
-    values, weights = case.draw(batch=(8, 3)), jnp.arange(8.0).at[2:6].set(0)
+    values, weights, whole = on_one_device(case)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     rows = PartitionSpec("data")
 
-    def loss(*arguments, reduction, axis_name=None):
-        result = case.loss(*arguments, reduction=reduction, axis_name=axis_name)
+    def loss(*arguments, reduction):
+        result = case.loss(*arguments, reduction=reduction, axis_name="data")
         return result if reduction in TOTALS else result.value
 
-    def in_shard_map(*arguments, reduction):
+    def in_shard_map(reduction):
         return jax.shard_map(
-            functools.partial(loss, reduction=reduction, axis_name="data"),
+            functools.partial(loss, reduction=reduction),
             mesh=mesh,
             in_specs=(*case.of_each(lambda _: rows, [PartitionSpec()] * len(values)), rows),
             out_specs=PartitionSpec(),
-        )(*arguments)
+        )
 
-    def gradients(of):
-        each = [functools.partial(of, reduction=r) for r in (*TOTALS, "parts", "average_parts")]
-        return jax.jit(lambda *a: [jax.value_and_grad(f, every_argument(case))(*a) for f in each])
-
-    sharded, whole = (gradients(of)(*values, weights) for of in (in_shard_map, loss))
-    close(sharded, whole, rtol=1e-5)
+    each = [in_shard_map(reduction) for reduction in (*TOTALS, "parts", "average_parts")]
+    gradients = jax.jit(lambda *a: [jax.value_and_grad(f, every_argument(case))(*a) for f in each])
+    of_parts = [whole[TOTALS.index(reduction)] for reduction in ("mean", "average")]
+    close(gradients(*values, weights), [*whole, *of_parts], rtol=1e-5)
 
 
 def sharded_is_local(case: Case) -> None:
     """Under jit on Auto and Explicit meshes, value and gradient, and no input is gathered."""
-    values, weights = case.draw(batch=(8, 4)), jnp.arange(8.0).at[2:6].set(0)
-    gradient = jax.jit(jax.value_and_grad(case.loss, every_argument(case)))
-    expected = gradient(*values, weights)
+    values, weights, totals = on_one_device(case)
+    expected = totals[by_default(case)]
+    gradient = jax.value_and_grad(case.loss, every_argument(case))
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
         with jax.set_mesh(mesh):
-            for spec in (("data",), ("data", None, "model"), ("data", "model")):
+            for spec in (("data",), ("data", "model"), ("data", None, "model")):
+                if len(spec) > max(v.ndim for v in values):
+                    continue  # It would be the first one again.
 
                 def place(v, spec=spec, mesh=mesh):
                     return jax.device_put(v, NamedSharding(mesh, PartitionSpec(*spec[: v.ndim])))
@@ -471,10 +499,14 @@ def leaves_no_effect(case: Case) -> None:
 
 def any_size_can_be_traced(case: Case) -> None:
     """Also one that no int32 can count."""
-    gradient = jax.value_and_grad(
-        lambda *some, reduction: jax.tree.leaves(case.loss(*some, reduction=reduction))[0],
-        every_argument(case),
-    )
+
+    def total(*some):
+        mean, average, parts = (
+            case.loss(*some, reduction=reduction) for reduction in ("mean", "average", "parts")
+        )
+        return mean + average + parts.total
+
+    gradient = jax.value_and_grad(total, every_argument(case))
     for batch in ((2**16, 2**16), (2, 2**33)):
         inputs = [
             abstract(v, case.shape(name, batch))
@@ -482,11 +514,9 @@ def any_size_can_be_traced(case: Case) -> None:
         ]
         losses = batch[: len(case.losses_shape)]
         shapes = ((), (1,) * len(losses), (*batch[:1], *(1,) * (len(losses) - 1)), losses)
-        for reduction, shape in itertools.product(("mean", "average", "parts"), shapes):
+        for shape in dict.fromkeys(shapes):
             weights = jax.ShapeDtypeStruct(shape, jnp.float32)
-            value, gradients = jax.eval_shape(
-                functools.partial(gradient, reduction=reduction), *inputs, weights
-            )
+            value, gradients = jax.eval_shape(gradient, *inputs, weights)
             assert value.shape == ()
             assert gradients[0].shape == inputs[0].shape
 
@@ -498,15 +528,23 @@ def exports_with_symbolic_sizes(case: Case) -> None:
         abstract(v, case.shape(name, sizes))
         for v, name in zip(case.draw(), case.inputs, strict=True)
     ]
-    gradient = jax.jit(jax.value_and_grad(case.loss, every_argument(case)))
-    average = jax.jit(functools.partial(case.loss, reduction="average"))
-    full, rows = sizes[: len(case.losses_shape)], sizes[:1]
-    of_rows = case.weights().reshape(case.batch[0], -1)[:, 0]
-    for loss, shape, weights in ((gradient, full, case.weights()), (average, rows, of_rows)):
-        export = jax.export.export(loss, platforms=("cpu", "cuda", "tpu"))
-        exported = export(*inputs, abstract(weights, shape))
-        reloaded = jax.export.deserialize(exported.serialize())
-        close(reloaded.call(*case.draw(), weights), loss(*case.draw(), weights), rtol=1e-5)
+    gradient = jax.value_and_grad(case.loss, every_argument(case))
+
+    @jax.jit
+    def program(*some):
+        *inputs, full, rows = some
+        return gradient(*inputs, full), case.loss(*inputs, rows, reduction="average")
+
+    full = case.weights()
+    rows = np.asarray(full).reshape(case.batch[0], -1)[:, 0]
+    shapes = abstract(full, sizes[: full.ndim]), abstract(rows, sizes[:1])
+    exported = jax.export.export(program, platforms=("cpu", "cuda", "tpu"))(*inputs, *shapes)
+    reloaded = jax.export.deserialize(exported.serialize())
+    found, average = reloaded.call(*case.draw(), full, rows)
+    close(found, differentiated(case)(*case.draw(), full)[by_default(case)], rtol=1e-5)
+    spread = np.broadcast_to(rows.reshape(-1, *(1 for _ in full.shape[1:])), full.shape)
+    totals = differentiated(case)(*case.draw(), spread)
+    close(average, totals[TOTALS.index("average")][0], rtol=1e-5)
 
 
 def exports_and_reloads(case: Case) -> None:
@@ -514,13 +552,16 @@ def exports_and_reloads(case: Case) -> None:
     gradient = jax.jit(jax.value_and_grad(case.loss, every_argument(case)))
     exported = jax.export.export(gradient, platforms=("cpu", "cuda", "tpu"))(*values, weights)
     reloaded = jax.export.deserialize(exported.serialize())
-    close(reloaded.call(*values, weights), gradient(*values, weights), rtol=1e-5)
+    expected = differentiated(case)(*values, weights)[by_default(case)]
+    close(reloaded.call(*values, weights), expected, rtol=1e-5)
 
 
 def raises_no_false_alarm(case: Case) -> None:
     """No NaN is made where nothing is wrong, not even to be masked: checkers would find it."""
-    gradient = checkify.checkify(
-        jax.value_and_grad(case.loss, every_argument(case)), errors=checkify.nan_checks
+    gradient = jax.jit(
+        checkify.checkify(
+            jax.value_and_grad(case.loss, every_argument(case)), errors=checkify.nan_checks
+        )
     )
     values, weights = case.draw(), case.weights()
     for label in IMPOSSIBLE["class id"]:
@@ -545,7 +586,8 @@ def maps_over_a_sharded_axis(case: Case) -> None:
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     for axes in ((0,) * n, (0, *(None,) * (n - 1)), (*(None,) * (n - 1), 0)):
         rows = [[d[i] if axis == 0 else draws[0][i] for i, axis in enumerate(axes)] for d in draws]
-        expected = jax.tree.map(lambda *x: jnp.stack(x), *(gradient(*row) for row in rows))
+        each = [differentiated(case)(*row)[by_default(case)] for row in rows]
+        expected = jax.tree.map(lambda *x: np.stack(x), *each)
         with jax.set_mesh(mesh):
             placed = [
                 jax.device_put(
@@ -562,8 +604,8 @@ def some_axes_of_a_mesh_may_be_manual(case: Case) -> None:
     """In shard_map over one axis of a mesh, the other one stays Auto or Explicit."""
     if case.is_coupled:
         return
-    values, weights = case.draw(batch=(8, 4)), jnp.arange(8.0).at[2:6].set(0)
-    expected = jax.value_and_grad(case.loss, every_argument(case))(*values, weights)
+    values, weights, totals = on_one_device(case)
+    expected = totals[by_default(case)]
     rows, whole = PartitionSpec("data"), PartitionSpec()
     specs = (*case.of_each(lambda _: rows, [whole] * len(values)), rows)
     loss = functools.partial(case.loss, axis_name="data")
@@ -573,7 +615,11 @@ def some_axes_of_a_mesh_may_be_manual(case: Case) -> None:
         mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
         mapped = functools.partial(jax.shard_map, axis_names={"data"}, mesh=mesh, in_specs=specs)
         outside = jax.value_and_grad(mapped(loss, out_specs=whole), every_argument(case))
+        ways = (mapped(inside, out_specs=(whole, gradient_specs)), outside)
+        both = jax.jit(lambda *a, ways=ways: [f(*a) for f in ways])
         for of_rows in (("data", "model"), ("data", None, "model")):
+            if len(of_rows) > max(v.ndim for v in values):
+                continue  # All would be whole along the other axis, as these weights always are.
 
             def place(v, spec, of_rows=of_rows, mesh=mesh):
                 spec = PartitionSpec(*of_rows[: v.ndim]) if spec == rows else spec
@@ -581,37 +627,38 @@ def some_axes_of_a_mesh_may_be_manual(case: Case) -> None:
 
             with jax.set_mesh(mesh):
                 placed = list(map(place, (*values, weights), specs))
-                ways = (mapped(inside, out_specs=(whole, gradient_specs)), outside)
-                for found in jax.jit(lambda *a, ways=ways: [f(*a) for f in ways])(*placed):
+                for found in both(*placed):
                     close(found, expected, rtol=1e-5)
 
 
 def float64_stays_float64(case: Case) -> None:
     """Weakly typed or not, in any one argument; but a number of Python asks for nothing."""
     values, weights = case.draw(), case.weights()
+    positions = every_argument(case)
+    gradient = jax.value_and_grad(case.loss, positions)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         wide = [v.astype(np.float64) if i in case.floats else v for i, v in enumerate(values)]
         weak = [weakly_typed(v) if i in case.floats else v for i, v in enumerate(values)]
-        gradient = jax.jit(jax.value_and_grad(case.loss, every_argument(case)))
-        expected = case.loss(*wide, weights.astype(np.float64))
-        for w in (weights, weights.astype(np.float64)):
-            value, gradients = gradient(*weak, w)
-            assert value.dtype == np.float64
-            np.testing.assert_allclose(value, expected, rtol=1e-12)
-            assert all(gradients[i].weak_type for i in range(len(case.floats)))
-            assert gradients[-1].dtype == w.dtype
         # The digits of float32 inputs are kept where any one argument is float64.
-        for i in every_argument(case):
-            some = [x.astype(np.float64) if j == i else x for j, x in enumerate((*values, weights))]
-            value, gradients = gradient(*some)
-            np.testing.assert_allclose(value, expected, rtol=1e-12)
+        tried = [[*weak, weights], [*weak, weights.astype(np.float64)]]
+        for i in positions:
+            tried.append([*values, weights])
+            tried[-1][i] = tried[-1][i].astype(np.float64)
+        for arguments in tried:
+            value, gradients = jax.eval_shape(gradient, *arguments)
             assert value.dtype == np.float64
-            for j, found in zip(every_argument(case), gradients, strict=True):
-                assert found.dtype == some[j].dtype
+            for i, found in zip(positions, gradients, strict=True):
+                assert found.dtype == arguments[i].dtype
+                assert found.weak_type or not arguments[i].weak_type
+        losses = jax.jit(lambda many: [case.loss(*arguments) for arguments in many])
+        expected, *found = losses([[*wide, weights.astype(np.float64)], *tried])
+        np.testing.assert_allclose(found, np.full(len(found), expected), rtol=1e-12)
         for w in ((), (0.5,), (2,), (jnp.asarray(0.5),)):
-            assert case.loss(*values, *w).dtype == np.float32
-            assert jax.jit(case.loss)(*values, *w).dtype == np.float32
-            assert case.loss(*weak, *w).dtype == np.float64
+            of_constant = jax.eval_shape(lambda *some, w=w: case.loss(*some, *w), *values)
+            assert of_constant.dtype == jax.eval_shape(case.loss, *values, *w).dtype == np.float32
+            assert (
+                jax.eval_shape(lambda *some, w=w: case.loss(*some, *w), *weak).dtype == np.float64
+            )
 
 
 def wrong_calls_name_the_function(case: Case) -> None:

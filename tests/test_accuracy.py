@@ -153,6 +153,18 @@ def last_layer(logits, labels, **options):
     )
 
 
+@functools.cache
+def differentiated(**options):
+    """Losses of class ids, of the same in a last layer, and of distributions; and in their labels.
+
+    They are compiled once for all rows.
+    """
+    losses = (jl.sparse_softmax_cross_entropy, last_layer, jl.softmax_cross_entropy)
+    of_labels = jax.grad(functools.partial(jl.softmax_cross_entropy, **options), 1)
+    of_logits = [jax.value_and_grad(functools.partial(loss, **options)) for loss in losses]
+    return [*map(jax.jit, of_logits)], jax.jit(of_labels)
+
+
 @pytest.mark.parametrize("z_loss", [0, 1e-3])
 @pytest.mark.parametrize("label_smoothing", [0, 0.1, 1])
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -162,13 +174,7 @@ def test_infinite_logits_of_classes(row, label_smoothing, z_loss):
     softmax = np.exp(x) / np.exp(x).sum()
     log_sum_exp = row.max() if np.isinf(row.max()) else np.log(np.exp(x).sum())
     options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-    differentiated = [
-        functools.partial(
-            jax.jit(jax.value_and_grad(functools.partial(loss, **options))), row[None]
-        )
-        for loss in (jl.sparse_softmax_cross_entropy, last_layer, jl.softmax_cross_entropy)
-    ]
-    of_labels = jax.grad(jl.softmax_cross_entropy, 1)
+    of_logits, of_labels = differentiated(**options)
     for label, one_hot in enumerate(np.eye(3)):
         y = one_hot * (1 - label_smoothing) + label_smoothing / 3
         surprises = y[y > 0] * (np.log(np.exp(x).sum()) - x[y > 0])
@@ -176,11 +182,11 @@ def test_infinite_logits_of_classes(row, label_smoothing, z_loss):
         gradient = softmax - y
         if np.isfinite(log_sum_exp):
             gradient += 2 * z_loss * log_sum_exp * softmax
-        for loss, labels in zip(differentiated, ([label], [label], one_hot[None]), strict=True):
-            value, found = loss(jnp.asarray(labels))
+        for loss, labels in zip(of_logits, ([label], [label], one_hot[None]), strict=True):
+            value, found = loss(row[None], jnp.asarray(labels))
             np.testing.assert_allclose(value, expected, rtol=1e-6)
             np.testing.assert_allclose(found[0], gradient, atol=1e-6)
-        assert not np.isnan(of_labels(row[None], one_hot[None], **options)).any()
+        assert not np.isnan(of_labels(row[None], one_hot[None])).any()
 
 
 def test_a_ruled_out_class_costs_nothing():

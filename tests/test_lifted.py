@@ -144,14 +144,12 @@ ALL = INDEPENDENT | COUPLED
 
 
 def weights_for(shape):
-    """Of every shape that aligns, with zeros."""
-    full = RNG.uniform(0.5, 2, shape)
+    """Of every shape that aligns and of every kind, with zeros; and a constant."""
+    full = RNG.uniform(0.5, 2, shape).astype(np.float32)
     full[1], full.flat[0] = 0, 0
-    row = np.array([1.5, 0, -2, 1]).reshape(ROWS, *(1 for _ in shape[1:]))
-    found = [full, row[..., 0] if row.ndim > 1 else row, row, full > 0, (full > 0).astype(np.int8)]
-    return [jnp.asarray(w, jnp.float32 if w.dtype == np.float64 else w.dtype) for w in found] + [
-        2.0
-    ]
+    row = np.array([1.5, 0, -2, 1], np.float32)
+    rows = row.reshape(ROWS, *(1 for _ in shape[1:]))
+    return [*map(jnp.asarray, (full, row, rows != 0, (full > 0).astype(np.int8))), 2.0]
 
 
 def split(inputs):
@@ -168,49 +166,48 @@ def split(inputs):
 
 
 def spread(weights, like):
-    weights = jnp.asarray(weights, jnp.float32)
+    weights = np.asarray(weights, np.float32)
     return weights.reshape(weights.shape + (1,) * (like.ndim - weights.ndim))
 
 
 def hide(inputs, absent, rubbish, label=99):
     def hide_leaf(x):
         filler = rubbish if jnp.issubdtype(x.dtype, jnp.floating) else label
-        return jnp.where(spread(absent, x) > 0, jnp.asarray(filler, x.dtype), x)
+        return jnp.asarray(np.where(spread(absent, x) > 0, np.asarray(filler, x.dtype), x))
 
     return jax.tree.map(hide_leaf, inputs)
-
-
-def everything(total):
-    """Total and count, the gradient of the total, and a tangent of it, in one program."""
-
-    def program(floats, weights, tangents):
-        parts, gradient = jax.value_and_grad(total, has_aux=True)(floats, weights)
-        _, tangent = jax.jvp(lambda some: total(some, weights)[0], (floats,), (tangents,))
-        return parts, gradient, tangent
-
-    return jax.jit(program)
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_it_is_differentiated_as_jax_differentiates_it(name):
     function, inputs = ALL[name]
     floats, join = split(inputs)
+    tangents = [x[::-1] for x in floats]
     lifted = jl.weighted(function, num_inputs=len(inputs))
-    losses = jax.eval_shape(function, *inputs)
 
-    def total_and_count(some, weights):
-        parts = lifted(*join(some), weights, reduction="parts")
-        return parts.total, parts.count
+    @jax.jit
+    def of_weights(weights):
+        """Total and count, the gradient of the total, and a tangent of it."""
 
-    plain = everything(
-        lambda some, w: (jnp.sum(w * function(*join(some))), jnp.sum(w != 0, dtype=w.dtype))
-    )
-    ours, tangents = everything(total_and_count), [x[::-1] for x in floats]
+        def total(some):
+            parts = lifted(*join(some), weights, reduction="parts")
+            return parts.total, parts.count
+
+        parts, gradient = jax.value_and_grad(total, has_aux=True)(floats)
+        return parts, gradient, jax.jvp(lambda some: total(some)[0], (floats,), (tangents,))[1]
+
+    def plain(some):
+        return function(*join(some))
+
     # Operation by operation, which other functions have as well. A loop takes longer so.
     with jax.disable_jit(name != "ctc_loss"):
+        losses, pull_back = jax.vjp(plain, floats)
+        _, slopes = jax.jvp(plain, (floats,), (tangents,))
         for weights in weights_for(losses.shape):
-            full = jnp.broadcast_to(spread(weights, losses), losses.shape)
-            close(ours(floats, weights, tangents), plain(floats, full, tangents))
+            w = np.broadcast_to(spread(weights, losses), losses.shape)
+            parts = np.sum(w * losses), np.float32(np.count_nonzero(w))
+            expected = parts, *pull_back(jnp.asarray(w)), np.sum(w * slopes)
+            close(of_weights(weights), expected)
 
 
 @pytest.mark.parametrize("name", INDEPENDENT)
@@ -237,7 +234,7 @@ def test_rubbish_at_absent_places_reaches_nothing(name):
         chex.assert_tree_all_finite(found)
         value, gradients, of_weights, tangent = found
         close((value, gradients), expected[:2])
-        close(jnp.where(weights == 0, 0, of_weights), jnp.where(weights == 0, 0, expected[2]))
+        close(np.where(weights == 0, 0, of_weights), np.where(weights == 0, 0, expected[2]))
         close(tangent, expected[3], rtol=1e-4)
 
 
@@ -387,7 +384,7 @@ def test_inputs_on_a_mesh_need_not_be_sharded_alike(kind):
         return function(x, labels, w, axis_name=axis_name)
 
     x, y, w = reals(8), jnp.ones(8), jnp.array([1.0, 0, 0, 1, 1, 0, 1, 1])
-    expected = jax.value_and_grad(loss)(x, y, w)
+    expected = jax.jit(jax.value_and_grad(loss))(x, y, w)
     mesh = jax.make_mesh((4,), ("d",), axis_types=(kind,))
     rows, whole = PartitionSpec("d"), PartitionSpec()
     with jax.set_mesh(mesh):
@@ -408,15 +405,17 @@ def test_an_input_may_be_whole_on_every_device_of_an_explicit_mesh():
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Explicit,))
     rows, whole = PartitionSpec("d"), PartitionSpec()
     for loss in (jl.weighted(losses.squared_error), jl.mean_squared_error):
-        expected = jax.grad(loss, (0, 1, 2))(x, y, w)
+        gradient = jax.grad(loss, (0, 1, 2))
+        checkpointed = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1, 2)))
+        expected = jax.jit(gradient)(x, y, w)
         with jax.set_mesh(mesh):
             for specs in ((rows, whole, rows), (whole, rows, rows), (whole, whole, rows)):
                 placed = [
                     jax.device_put(a, NamedSharding(mesh, s))
                     for a, s in zip((x, y, w), specs, strict=True)
                 ]
-                for function in (loss, jax.checkpoint(loss), jax.jit(loss)):
-                    close(jax.grad(function, (0, 1, 2))(*placed), expected)
+                for function in (gradient, jax.jit(gradient), checkpointed):
+                    close(function(*placed), expected)
 
 
 def test_an_option_may_have_any_name():
