@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,18 @@ from jax import Array
 from jaxlosses._collector import KINDS, LossCollector, is_microbatch
 from jaxlosses._mean import WeightedMean, divide, widen
 from jaxlosses._typing import as_array, check_integer, checked_call, is_float
+
+
+@overload
+def accumulate_value_and_grad(
+    loss_fn: Callable[..., Any], num_microbatches: int, *, has_aux: Literal[False] = False
+) -> Callable[..., tuple[tuple[Array, LossCollector], Any]]: ...
+
+
+@overload
+def accumulate_value_and_grad(
+    loss_fn: Callable[..., Any], num_microbatches: int, *, has_aux: Literal[True]
+) -> Callable[..., tuple[tuple[Array, tuple[LossCollector, Any]], Any]]: ...
 
 
 def accumulate_value_and_grad(

@@ -226,7 +226,9 @@ def _collect(
     return collector
 
 
-def capture(fn: Callable[..., Any], *, expected: Any = None) -> Callable[..., Any]:
+def capture(
+    fn: Callable[..., Any], *, expected: Any = None
+) -> Callable[..., tuple[Any, LossCollector]]:
     """Run a function and collect the losses that its module sows.
 
     Args:
