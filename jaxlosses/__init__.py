@@ -50,7 +50,7 @@ from jaxlosses._classification import (
     sparse_softmax_cross_entropy,
 )
 from jaxlosses._collector import LossCollector
-from jaxlosses._linear import linear_softmax_cross_entropy
+from jaxlosses._linear import LogProbs, linear_log_probs, linear_softmax_cross_entropy
 from jaxlosses._mean import WeightedMean
 from jaxlosses._regression import (
     absolute_difference,
@@ -63,6 +63,7 @@ from jaxlosses._regularization import l1_regularizer, l2_regularizer
 from jaxlosses._weighted import weighted
 
 __all__ = [
+    "LogProbs",
     "LossCollector",
     "WeightedMean",
     "absolute_difference",
@@ -72,6 +73,7 @@ __all__ = [
     "hinge_loss",
     "l1_regularizer",
     "l2_regularizer",
+    "linear_log_probs",
     "linear_softmax_cross_entropy",
     "log_loss",
     "mean_pairwise_squared_error",

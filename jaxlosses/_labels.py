@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -17,7 +18,7 @@ from jax.typing import ArrayLike
 
 from jaxlosses._kernel import align
 from jaxlosses._primitive import define_primitive
-from jaxlosses._typing import as_array, check_integer, check_unmasked, is_integer
+from jaxlosses._typing import AxisName, as_array, check_integer, check_unmasked, is_integer
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,7 +91,7 @@ def class_ids(
     labels = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
     labels = labels.reshape(logits_shape[:-1])
     weights = align(as_array("weights", weights), labels.shape)
-    absent = ~_is_class(labels, classes) & ~weights.astype(bool)
+    absent = ~is_class(labels, classes) & ~weights.astype(bool)
     if ignore_index is not None:
         absent |= labels == jnp.asarray(ignore_index, labels.dtype)
     weights = jnp.where(absent, jnp.zeros_like(weights), weights)
@@ -102,16 +103,36 @@ def is_label(labels: Array, shape: tuple[int, ...]) -> Array:
     return jax.lax.broadcasted_iota(labels.dtype, shape, len(shape) - 1) == labels[..., None]
 
 
+def num_shards(class_axis_name: AxisName) -> int:
+    """How many members of mapped axes share the classes; 1 without an axis."""
+    if class_axis_name is None:
+        return 1
+    return math.prod(jax.lax.axis_size(name) for name in _axis_names(class_axis_name))
+
+
+def shard_index(class_axis_name: AxisName) -> Array:
+    """Which shard of the classes this member of mapped axes has, the first axis outermost."""
+    index = jnp.zeros((), jnp.int32)
+    for name in _axis_names(class_axis_name):
+        index = index * jax.lax.axis_size(name) + jax.lax.axis_index(name)
+    return index
+
+
+def _axis_names(names: AxisName) -> tuple[Any, ...]:
+    return names if isinstance(names, tuple) else (names,)
+
+
 def nan_if_impossible(losses: Array, labels: Array, classes: int) -> Array:
     """The losses, and NaN where a label is no class.
 
     A factor of NaN, unlike a selected NaN, reaches the gradient.
     """
-    factor = jnp.where(_is_class(labels, classes), 1, jnp.nan)
+    factor = jnp.where(is_class(labels, classes), 1, jnp.nan)
     return losses * factor.astype(losses.dtype)
 
 
-def _is_class(labels: Array, classes: int) -> Array:
+def is_class(labels: Array, classes: int) -> Array:
+    """Which labels are a class."""
     return (labels >= 0) & (labels < classes)
 
 
@@ -131,7 +152,7 @@ def _check(labels: Array, present: Array, classes: int) -> Array:
 
 def _wrong_labels(labels: Array, present: Array, classes: int) -> tuple[Array, Array]:
     """Whether one is wrong where it is present, and the largest of these."""
-    wrong = present & ~_is_class(labels, classes)
+    wrong = present & ~is_class(labels, classes)
     largest = jnp.max(labels, initial=jnp.iinfo(labels.dtype).min, where=wrong)
     return jnp.any(wrong), largest
 

@@ -1,16 +1,30 @@
-"""The loss of a language model's last layer, without all of its logits in memory."""
+"""What a language model's last layer predicts, without all of its logits in memory."""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
-from jaxlosses._blocks import BlockSize, plan_blocks
+from jaxlosses._blocks import BlockSize, check_block_size
 from jaxlosses._kernel import reduce_losses
-from jaxlosses._labels import class_ids, nan_if_impossible, with_wide_labels
-from jaxlosses._linear_statistics import Layer, logit_statistics
+from jaxlosses._labels import (
+    class_ids,
+    is_class,
+    nan_if_impossible,
+    num_shards,
+    shard_index,
+    with_wide_labels,
+)
+from jaxlosses._layout import InSpecs, plan_layout
+from jaxlosses._linear_derivative import logit_statistics
+from jaxlosses._linear_device import Layer, Statistics
 from jaxlosses._logits import class_losses
-from jaxlosses._primitive import vary_alike
+from jaxlosses._mean import exportable
 from jaxlosses._typing import (
     AxisName,
     Bias,
@@ -23,6 +37,7 @@ from jaxlosses._typing import (
     as_array,
     check_number,
     in_floats,
+    is_integer,
     jit,
     precision,
 )
@@ -44,6 +59,8 @@ def linear_softmax_cross_entropy(
     block_size: BlockSize = None,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
+    in_specs: InSpecs = None,
 ) -> Result:
     r"""``sparse_softmax_cross_entropy(hidden @ kernel + bias)`` from blocks of logits, in nats.
 
@@ -99,6 +116,196 @@ def linear_softmax_cross_entropy(
         >>> print(loss.round(4))
         0.6931
     """
+    layer, inputs = _last_layer(
+        hidden,
+        kernel,
+        labels,
+        weights,
+        bias=bias,
+        logit_soft_cap=logit_soft_cap,
+        ignore_index=ignore_index,
+        block_size=block_size,
+        class_axis_name=class_axis_name,
+        in_specs=in_specs,
+    )
+    label_smoothing = check_number("label_smoothing", label_smoothing, largest=1)
+    z_loss = check_number("z_loss", z_loss)
+    layer = dataclasses.replace(layer, needs_mean=bool(label_smoothing))
+    labels, weights = inputs.labels, inputs.weights
+    present = jnp.broadcast_to(weights.astype(bool), labels.shape)
+    statistics = inputs.statistics(layer, present)
+
+    def formula(*inputs: Array) -> Array:
+        *statistics, y = inputs
+        losses = class_losses(*statistics, label_smoothing=label_smoothing, z_loss=z_loss)
+        return nan_if_impossible(losses, y, layer.classes)
+
+    # The statistics are inputs of the formula, so that derivatives at absent places are masked.
+    used = [s for s in statistics if s is not None]
+    return reduce_losses(
+        formula, [*used, labels], weights, reduction=reduction, axis_name=axis_name
+    )
+
+
+@exportable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LogProbs:
+    r"""What a last layer predicts at each place; what :func:`linear_log_probs` returns.
+
+    It is a pytree, so it passes through ``jit``, ``scan``, ``vmap`` and ``grad``, and through
+    ``jax.export``. All arrays have the shape of the labels, ``[batch, d1, ..., dN]``.
+
+    Attributes:
+        label: The log-probability of the label, in nats.
+        entropy: The entropy of the prediction, in nats.
+        log_partition: The logarithm of the sum of exponentials, whose square is a z-loss.
+        is_top: Whether no class has a larger logit than the label; its mean is the accuracy.
+    """
+
+    label: ArrayLike
+    entropy: ArrayLike
+    log_partition: ArrayLike
+    is_top: ArrayLike
+
+
+@with_wide_labels
+@jit
+def linear_log_probs(
+    hidden: Hidden,
+    kernel: Kernel,
+    labels: ClassIds,
+    *,
+    bias: Bias | None = None,
+    temperature: float = 1.0,
+    logit_soft_cap: float | None = None,
+    block_size: BlockSize = None,
+    class_axis_name: AxisName = None,
+    in_specs: InSpecs = None,
+) -> LogProbs:
+    r"""Log-probability of each label, and entropy, of a last layer, in nats and without logits.
+
+    $$\log p_y = \frac{x_y}{\tau} - \log Z, \quad
+    H = -\sum_c p_c \log p_c, \quad
+    \log Z = \log \sum_c e^{x_c / \tau}, \quad x = a \tanh\frac{h K + b}{a}$$
+
+    This is what DPO, PPO, GRPO, distillation on chosen tokens, accuracy and perplexity are made of.
+    It needs as little memory as :func:`linear_softmax_cross_entropy`, whose docstring says how the
+    blocks are cut and what a mesh must be told. What nobody uses is not computed.
+
+    There are no weights here: give them to what you compute from the results. Of a token that is
+    absent the numbers are unspecified, and its gradient is nothing if its cotangent is zero, even
+    if it holds NaN; select them with ``jnp.where`` and do not multiply by zero, or call a loss of
+    this package, which does so. A label outside of ``[0, classes)`` has the log-probability NaN,
+    which is reported by ``checkify.checkify``.
+
+    Args:
+        hidden: Real numbers ``[batch, d1, ..., dN, features]``.
+        kernel: Real numbers ``[features, classes]``.
+        labels: Integers ``[batch, d1, ..., dN]`` or ``[batch, d1, ..., dN, 1]``.
+        bias: Real numbers ``[classes]``, the $b$ above.
+        temperature: The $\tau$ above, from 1e-30 to 1e30.
+        logit_soft_cap: The $a$ above, from 1e-30 to 1e30.
+        block_size: How many classes a block has, or ``(tokens, None)``: about how many tokens.
+        class_axis_name: Mapped axes (of ``shard_map``) over whose members the classes are sharded.
+        in_specs: How hidden and kernel are sharded on an Auto mesh: two ``PartitionSpec``.
+
+    Returns:
+        ``LogProbs(label, entropy, log_partition, is_top)``, arrays of the labels' shape, float32 at
+        least, and ``is_top`` boolean. All but ``is_top`` are differentiable.
+
+    Raises:
+        ValueError: if ``kernel`` is not ``[features, classes]``, or there is no class; if ``bias``
+            is not ``[classes]``; if the labels are not integers of the shape of ``hidden`` without
+            the features; if ``in_specs`` do not fit; or if an option is out of its range.
+
+    References:
+        Rafailov et al., "Direct preference optimization", 2023; Shao et al., "DeepSeekMath", 2024
+        (GRPO). The blocks are as in Wijmans et al., "Cut your losses in large-vocabulary language
+        models", 2024.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> hidden, kernel = jnp.ones((3, 4)), jnp.zeros((4, 2))
+        >>> log_probs = jl.linear_log_probs(hidden, kernel, jnp.array([1, 0, 1]))
+        >>> print(log_probs.label.round(4), log_probs.entropy.round(4), log_probs.is_top)
+        [-0.6931 -0.6931 -0.6931] [0.6931 0.6931 0.6931] [ True  True  True]
+    """
+    layer, inputs = _last_layer(
+        hidden,
+        kernel,
+        labels,
+        1.0,
+        bias=bias,
+        logit_soft_cap=logit_soft_cap,
+        ignore_index=None,
+        block_size=block_size,
+        class_axis_name=class_axis_name,
+        in_specs=in_specs,
+    )
+    temperature = check_number("temperature", temperature, 1e-30, 1e30)
+    layer = dataclasses.replace(layer, temperature=temperature, needs_expected=True)
+    # A token that is not finite is masked as long as nobody asks for its gradient.
+    finite = jnp.isfinite(jnp.sum(jnp.square(inputs.hidden.astype(inputs.dtype)), -1))
+    max_logit, log_sum_exp, label_logit, _, expected_logit = inputs.statistics(layer, finite)
+    assert expected_logit is not None
+    return LogProbs(
+        nan_if_impossible(label_logit - log_sum_exp, inputs.labels, layer.classes),
+        log_sum_exp - expected_logit,
+        max_logit + log_sum_exp,
+        (label_logit >= 0) & is_class(inputs.labels, layer.classes),
+    )
+
+
+class _Inputs(NamedTuple):
+    """The checked arrays of a last layer."""
+
+    hidden: Array
+    kernel: Array
+    bias: Array
+    labels: Array
+    weights: Array
+    class_axis_name: AxisName
+
+    @property
+    def dtype(self) -> Any:
+        """What statistics are computed in."""
+        return precision(self.hidden, self.kernel, self.bias)
+
+    def statistics(self, layer: Layer, present: Array) -> Statistics:
+        """The statistics of the logits; tokens that are ``present`` are never masked."""
+        layout, labels = layer.layout, self.labels
+        if self.class_axis_name is not None:
+            # A label that belongs to another member is none of this kernel's classes.
+            first = shard_index(self.class_axis_name) * self.kernel.shape[1]
+            labels = labels - first.astype(labels.dtype)
+        found = logit_statistics(
+            layer,
+            self.class_axis_name,
+            layout.place("hidden", self.hidden),
+            layout.place("kernel", self.kernel),
+            layout.place("bias", self.bias),
+            layout.place("tokens", labels),
+            layout.place("tokens", present),
+        )
+        return layer.named([layout.place_back(s, self.hidden) for s in found])
+
+
+def _last_layer(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    weights: ArrayLike,
+    *,
+    bias: ArrayLike | None,
+    logit_soft_cap: float | None,
+    ignore_index: int | None,
+    block_size: BlockSize,
+    class_axis_name: AxisName,
+    in_specs: InSpecs,
+) -> tuple[Layer, _Inputs]:
+    """The layer and its arrays, checked."""
     hidden, kernel = as_array("hidden", hidden), as_array("kernel", kernel)
     if kernel.ndim != 2 or hidden.shape[-1:] != kernel.shape[:1] or kernel.shape[1] == 0:
         raise ValueError(
@@ -106,31 +313,25 @@ def linear_softmax_cross_entropy(
             f"has and at least one class, got kernel of shape {kernel.shape} and hidden of shape "
             f"{hidden.shape}"
         )
-    classes = kernel.shape[1]
-    bias = as_array("bias", jnp.zeros(classes, kernel.dtype) if bias is None else bias)
+    if not is_integer(kernel.shape[1]):
+        raise ValueError(
+            f"kernel must have a fixed number of classes, only the number of tokens may be "
+            f"symbolic; got shape {kernel.shape}"
+        )
+    has_bias = bias is not None
+    bias = as_array("bias", jnp.zeros(kernel.shape[1:], kernel.dtype) if bias is None else bias)
     hidden, kernel, bias = in_floats(hidden, kernel, bias)
-    if bias.shape != (classes,):
-        raise ValueError(f"bias must have shape ({classes},), got {bias.shape}")
-    label_smoothing = check_number("label_smoothing", label_smoothing, largest=1)
-    z_loss = check_number("z_loss", z_loss)
+    if bias.shape != kernel.shape[1:]:
+        raise ValueError(f"bias must have shape {kernel.shape[1:]}, got {bias.shape}")
     if logit_soft_cap is not None:
         # Outside of these limits, logits divided by the cap would underflow or overflow.
         logit_soft_cap = check_number("logit_soft_cap", logit_soft_cap, 1e-30, 1e30)
-    shape = (*hidden.shape[:-1], classes)
-    labels, weights = class_ids(labels, weights, shape, ignore_index)
+    classes = kernel.shape[1] * num_shards(class_axis_name)
+    labels, weights = class_ids(labels, weights, (*hidden.shape[:-1], classes), ignore_index)
     if precision(hidden, kernel, bias, weights=weights) == jnp.float64:
         # All of it is cast, because one of them may be all that asks for it.
         hidden, kernel, bias = (x.astype(jnp.float64) for x in (hidden, kernel, bias))
-    plan = plan_blocks(hidden, kernel, block_size)
-    layer = Layer(plan, classes, logit_soft_cap, bool(label_smoothing))
-    present = jnp.broadcast_to(weights.astype(bool), labels.shape)
-    statistics = logit_statistics(layer, *vary_alike(hidden, kernel, bias, labels, present))
-
-    def formula(*inputs: Array) -> Array:
-        *statistics, y = inputs
-        losses = class_losses(*statistics, label_smoothing=label_smoothing, z_loss=z_loss)
-        return nan_if_impossible(losses, y, classes)
-
-    # The statistics are inputs of the formula, so that derivatives at absent places are masked.
-    inputs = [*statistics, labels]
-    return reduce_losses(formula, inputs, weights, reduction=reduction, axis_name=axis_name)
+    layout = plan_layout(hidden, kernel, in_specs)
+    block_size = check_block_size(block_size)
+    layer = Layer(layout, classes, block_size, logit_soft_cap, has_bias=has_bias)
+    return layer, _Inputs(hidden, kernel, bias, labels, weights, class_axis_name)

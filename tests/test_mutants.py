@@ -273,7 +273,7 @@ MUTANTS = {
     "NaN in the value only": (
         LABELS,
         "return losses * factor.astype(losses.dtype)",
-        "return jnp.where(_is_class(labels, classes), losses, jnp.nan)",
+        "return jnp.where(is_class(labels, classes), losses, jnp.nan)",
         "sparse_softmax_cross_entropy",
         "impossible_labels_are_nan",
     ),
