@@ -108,11 +108,8 @@ def check_block_size(block_size: BlockSize) -> BlockSize:
     """
     of_tokens = isinstance(block_size, tuple) and block_size[1:] == (None,)
     number: Any = block_size[0] if isinstance(block_size, tuple) and of_tokens else block_size
-    if (
-        (number is not None
-        and (not is_integer(number) or number < 1))
-        or (number is None
-        and of_tokens)
+    if (number is not None and (not is_integer(number) or number < 1)) or (
+        number is None and of_tokens
     ):
         raise ValueError(
             f"block_size must be a positive number of classes, or (tokens, None) with a positive "

@@ -18,7 +18,14 @@ from jax.typing import ArrayLike
 
 from jaxlosses._kernel import align
 from jaxlosses._primitive import define_primitive
-from jaxlosses._typing import AxisName, as_array, check_integer, check_unmasked, is_integer
+from jaxlosses._typing import (
+    AxisName,
+    as_array,
+    axis_names,
+    check_integer,
+    check_unmasked,
+    is_integer,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,21 +112,7 @@ def is_label(labels: Array, shape: tuple[int, ...]) -> Array:
 
 def num_shards(class_axis_name: AxisName) -> int:
     """How many members of mapped axes share the classes; 1 without an axis."""
-    if class_axis_name is None:
-        return 1
-    return math.prod(jax.lax.axis_size(name) for name in _axis_names(class_axis_name))
-
-
-def shard_index(class_axis_name: AxisName) -> Array:
-    """Which shard of the classes this member of mapped axes has, the first axis outermost."""
-    index = jnp.zeros((), jnp.int32)
-    for name in _axis_names(class_axis_name):
-        index = index * jax.lax.axis_size(name) + jax.lax.axis_index(name)
-    return index
-
-
-def _axis_names(names: AxisName) -> tuple[Any, ...]:
-    return names if isinstance(names, tuple) else (names,)
+    return math.prod(jax.lax.axis_size(name) for name in axis_names(class_axis_name))
 
 
 def nan_if_impossible(losses: Array, labels: Array, classes: int) -> Array:

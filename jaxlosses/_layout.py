@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxlosses._typing import is_integer
+from jaxlosses._primitive import varying_axes
+from jaxlosses._typing import AxisName, axis_names, is_integer
 
 Names: TypeAlias = tuple[str, ...]
 Kind = Literal["hidden", "kernel", "bias", "tokens"]
@@ -72,6 +74,11 @@ class Layout:
         """The axes of the mesh over which gradients of the kernel are summed, not scattered."""
         gathered = (*self.features, *self.classes)
         return tuple(name for name in self.token_axes if name not in gathered)
+
+    @property
+    def outer_sums(self) -> Names:
+        """Axes over which tangents are still to be summed when all devices are done."""
+        return ()
 
     def size(self, names: Iterable[str]) -> int:
         """The product of the sizes of axes of the mesh."""
@@ -133,12 +140,14 @@ class Layout:
                 for r, kind in results
             ]
 
+        # JAX leaves out axes over which a vmap maps, if it is not told which axes it is about.
+        some = set() if set(self.mapped) == set(self.mesh.axis_names) else set(self.mapped)
         return jax.shard_map(
             on_one_device,
             mesh=self.mesh,
             in_specs=tuple(map(self.spec, kinds)),
             out_specs=list(map(self.spec, out_kinds)),
-            axis_names=set(self.mapped),
+            axis_names=some,
         )(*arrays)
 
     def _flat(self, x: Array, kind: Kind) -> Array:
@@ -156,16 +165,25 @@ class Layout:
             x = lax.all_gather(x, self.features, axis=features_axis, tiled=True)
         return x
 
-    def scatter(self, x: Array, features_axis: int, classes_axis: int) -> Array:
-        """The transpose of :meth:`gather`: the sum over all devices, of which each has its part."""
+    def scatter(self, x: Array, features_axis: int, classes_axis: int, like: Array) -> Array:
+        """The transpose of :meth:`gather`: sums over all devices, of which each has its part.
+
+        ``like`` is this device's part of what ``x`` is the gradient of.
+        """
+        x = self.sum_gradient("kernel" if features_axis >= 0 else "bias", x, like)
         if self.features and features_axis >= 0:
             x = lax.psum_scatter(x, self.features, scatter_dimension=features_axis, tiled=True)
         if self.gathered_classes:
-            x = lax.psum_scatter(
-                x, self.gathered_classes, scatter_dimension=classes_axis, tiled=True
-            )
-        summed = self.summed_axes + (self.features if features_axis < 0 else ())
-        return lax.psum(x, summed) if summed else x
+            axes, options = self.gathered_classes, {"scatter_dimension": classes_axis}
+            x = lax.psum_scatter(x, axes, tiled=True, **options)
+        return x
+
+    def sum_gradient(self, kind: Kind, x: Array, like: Array) -> Array:
+        """The sum over the devices that have the same part of what ``x`` is the gradient of."""
+        axes = self.class_axes
+        if kind != "hidden":
+            axes = self.summed_axes + (self.features if kind == "bias" else ())
+        return lax.psum(x, axes) if axes else x
 
     def sum_over_classes(self, x: Array) -> Array:
         """The sum over the devices that have the same tokens and other classes."""
@@ -178,27 +196,64 @@ class Layout:
         places = np.unravel_index(np.arange(math.prod(sizes)), sizes) if sizes else ()
         number: Any = np.zeros(math.prod(sizes), np.int32)
         for name in self.classes:
-            of_name = (
-                np.asarray(places[gathered.index(name)], np.int32)
-                if name in gathered
-                else lax.axis_index(name)
-            )
-            number = number * self.size([name]) + of_name
-        return number
+            is_gathered = name in gathered
+            index = places[gathered.index(name)] if is_gathered else lax.axis_index(name)
+            number = number * self.size([name]) + index
+        return jnp.asarray(number, jnp.int32)
 
 
-def plan_layout(hidden: Array, kernel: Array, in_specs: InSpecs) -> Layout:
-    """The layout that ``in_specs`` says, or that an Explicit mesh shows.
+@dataclasses.dataclass(frozen=True)
+class MappedLayout(Layout):
+    """The layout inside of the caller's own ``shard_map``, where arrays are parts already.
+
+    Attributes:
+        gathered: Those axes that shard the classes over devices with different tokens.
+        is_checked: Whether JAX knows which array varies over which axis. Then an array that does
+            not vary needs the sum of all members' gradients. Else JAX sums them by itself, later.
+    """
+
+    gathered: Names = ()
+    is_checked: bool = False
+
+    @property
+    def class_axes(self) -> Names:
+        return tuple(name for name in self.classes if name not in self.gathered)
+
+    @property
+    def gathered_classes(self) -> Names:
+        return tuple(name for name in self.classes if name in self.gathered)
+
+    @property
+    def outer_sums(self) -> Names:
+        return () if self.is_checked else self.class_axes
+
+    def size(self, names: Iterable[str]) -> int:
+        return math.prod(lax.axis_size(name) for name in names)
+
+    def sum_gradient(self, kind: Kind, x: Array, like: Array) -> Array:
+        del kind
+        axes = tuple(varying_axes(x) - varying_axes(like) - set(self.gathered))
+        return lax.psum(x, axes) if axes else x
+
+    def sum_over_classes(self, x: Array) -> Array:
+        return super().sum_over_classes(x) if self.is_checked else x
+
+
+def plan_layout(
+    hidden: Array, kernel: Array, in_specs: InSpecs, axis_name: AxisName, class_axis_name: AxisName
+) -> Layout:
+    """The layout that ``in_specs`` says, that an Explicit mesh shows, or of the caller's map.
 
     Axes of the mesh that shard features, and no tokens or classes, shard tokens instead, if the
     number of tokens can be divided by them: else these devices would do the same work.
 
     Raises:
-        ValueError: if ``in_specs`` are not two ``PartitionSpec`` that fit mesh and arrays.
+        ValueError: if ``in_specs`` are not two ``PartitionSpec`` that fit mesh and arrays, or if
+            there is a ``class_axis_name`` too.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    mesh = jax.typeof(hidden).sharding.mesh if mesh.empty else mesh
-    mesh = jax.typeof(kernel).sharding.mesh if mesh.empty else mesh
+    # Inside of a vmap over an axis that is sharded, the arrays' mesh lacks this axis.
+    meshes = [jax.typeof(x).sharding.mesh for x in (hidden, kernel)]
+    mesh = next((m for m in meshes if not m.empty), jax.sharding.get_abstract_mesh())
     if in_specs is not None:
         _check_specs(in_specs, mesh, hidden, kernel)
         *tokens, of_features = _padded(in_specs[0], hidden.ndim)
@@ -208,7 +263,16 @@ def plan_layout(hidden: Array, kernel: Array, in_specs: InSpecs) -> Layout:
         *tokens, of_features = _spec(hidden)
         features, classes = _spec(kernel)
     else:
-        return Layout(((),) * (hidden.ndim - 1))
+        classes, tokens = axis_names(class_axis_name), axis_names(axis_name)
+        gathered = tuple(name for name in classes if name in tokens)
+        is_checked = bool(varying_axes(hidden) | varying_axes(kernel))
+        unknown = ((),) * (hidden.ndim - 1)
+        return MappedLayout(unknown, classes=classes, gathered=gathered, is_checked=is_checked)
+    if class_axis_name is not None:
+        raise ValueError(
+            f"class_axis_name is for axes of the caller's own shard_map; where in_specs or an "
+            f"Explicit mesh say how arrays are sharded it must be None, got {class_axis_name!r}"
+        )
     sizes = [
         n // math.prod(mesh.shape[a] for a in names)
         for n, names in zip(hidden.shape, tokens, strict=False)

@@ -17,7 +17,6 @@ from jaxlosses._labels import (
     is_class,
     nan_if_impossible,
     num_shards,
-    shard_index,
     with_wide_labels,
 )
 from jaxlosses._layout import InSpecs, plan_layout
@@ -125,6 +124,7 @@ def linear_softmax_cross_entropy(
         logit_soft_cap=logit_soft_cap,
         ignore_index=ignore_index,
         block_size=block_size,
+        axis_name=axis_name,
         class_axis_name=class_axis_name,
         in_specs=in_specs,
     )
@@ -241,6 +241,7 @@ def linear_log_probs(
         logit_soft_cap=logit_soft_cap,
         ignore_index=None,
         block_size=block_size,
+        axis_name=None,
         class_axis_name=class_axis_name,
         in_specs=in_specs,
     )
@@ -266,7 +267,6 @@ class _Inputs(NamedTuple):
     bias: Array
     labels: Array
     weights: Array
-    class_axis_name: AxisName
 
     @property
     def dtype(self) -> Any:
@@ -275,18 +275,13 @@ class _Inputs(NamedTuple):
 
     def statistics(self, layer: Layer, present: Array) -> Statistics:
         """The statistics of the logits; tokens that are ``present`` are never masked."""
-        layout, labels = layer.layout, self.labels
-        if self.class_axis_name is not None:
-            # A label that belongs to another member is none of this kernel's classes.
-            first = shard_index(self.class_axis_name) * self.kernel.shape[1]
-            labels = labels - first.astype(labels.dtype)
+        layout = layer.layout
         found = logit_statistics(
             layer,
-            self.class_axis_name,
             layout.place("hidden", self.hidden),
             layout.place("kernel", self.kernel),
             layout.place("bias", self.bias),
-            layout.place("tokens", labels),
+            layout.place("tokens", self.labels),
             layout.place("tokens", present),
         )
         return layer.named([layout.place_back(s, self.hidden) for s in found])
@@ -302,6 +297,7 @@ def _last_layer(
     logit_soft_cap: float | None,
     ignore_index: int | None,
     block_size: BlockSize,
+    axis_name: AxisName,
     class_axis_name: AxisName,
     in_specs: InSpecs,
 ) -> tuple[Layer, _Inputs]:
@@ -331,7 +327,7 @@ def _last_layer(
     if precision(hidden, kernel, bias, weights=weights) == jnp.float64:
         # All of it is cast, because one of them may be all that asks for it.
         hidden, kernel, bias = (x.astype(jnp.float64) for x in (hidden, kernel, bias))
-    layout = plan_layout(hidden, kernel, in_specs)
+    layout = plan_layout(hidden, kernel, in_specs, axis_name, class_axis_name)
     block_size = check_block_size(block_size)
     layer = Layer(layout, classes, block_size, logit_soft_cap, has_bias=has_bias)
-    return layer, _Inputs(hidden, kernel, bias, labels, weights, class_axis_name)
+    return layer, _Inputs(hidden, kernel, bias, labels, weights)

@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 from jax.interpreters import ad, batching
 
+from jaxlosses._layout import MappedLayout
 from jaxlosses._linear_device import (
     KINDS,
     Layer,
@@ -27,15 +28,14 @@ from jaxlosses._linear_device import (
 )
 from jaxlosses._masking import where
 from jaxlosses._primitive import define_primitive, vary_alike, with_axis_in_front
-from jaxlosses._typing import AxisName, is_float
+from jaxlosses._typing import is_float
 
 _DIFFERENTIABLE = ("hidden", "kernel", "bias")
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def logit_statistics(
     layer: Layer,
-    class_axis_name: AxisName,
     hidden: Array,
     kernel: Array,
     bias: Array,
@@ -46,25 +46,21 @@ def logit_statistics(
 
     Args:
         layer: The last layer.
-        class_axis_name: Mapped axes over whose members the classes are sharded.
         hidden: Numbers ``[..., features]``.
         kernel: Numbers ``[features, classes]``.
         bias: Numbers ``[classes]``.
-        labels: The number of a class of this kernel; any other one is a class elsewhere.
+        labels: Class ids, among the classes of all devices.
         present: Which tokens are never masked; matters to the derivative only.
     """
     sums = linear_sums(layer, hidden, kernel, bias, labels)
-    sums = sums.over_devices(class_axis_name, kernel.shape[1] / layer.classes)
     # JAX's vmap asks that values are mapped over every axis over which their derivatives are. The
     # derivatives use the mask, so the values are made to depend on it too.
     return [where(present, s, s) for s in sums.statistics()]
 
 
-def _statistics_jvp(
-    layer: Layer, class_axis_name: AxisName, primals: Any, tangents: Any
-) -> tuple[Any, Any]:
+def _statistics_jvp(layer: Layer, primals: Any, tangents: Any) -> tuple[Any, Any]:
     hidden, kernel, bias, labels, present = primals
-    statistics = logit_statistics(layer, class_axis_name, *primals)
+    statistics = logit_statistics(layer, *primals)
     max_logit, log_sum_exp_shifted, *_ = statistics
     input_tangents = {
         name: tangent
@@ -86,12 +82,14 @@ def _statistics_jvp(
         where(usable, log_sum_exp_shifted, jnp.full_like(max_logit, jnp.inf)),
         jnp.zeros_like(max_logit) if expected is None else expected,
     )
-    arrays = vary_alike(*residuals, *input_tangents.values())
+    arrays = [*residuals, *input_tangents.values()]
+    # Else the layout knows where to sum the gradient of an array that does not vary.
+    arrays = arrays if isinstance(layer.layout, MappedLayout) else vary_alike(*arrays)
     results = _linear_jvp_p.bind(*arrays, layer=layer, wrt=tuple(input_tangents), batches=())
-    if class_axis_name:
-        # Not inside of the primitive: JAX knows how to transpose this sum, which depends on whether
-        # the caller's shard_map checks what varies over which axis.
-        results = [lax.psum(r, class_axis_name) for r in results]
+    if layer.layout.outer_sums:
+        # Not inside of the primitive: JAX transposes this sum in its own way where it does not know
+        # what varies over which axis.
+        results = [lax.psum(r, layer.layout.outer_sums) for r in results]
     return statistics, [jnp.zeros_like(max_logit), *results]
 
 

@@ -249,7 +249,9 @@ class _Device:
         return classes * (self.layout.num_gathered / self.layer.classes)
 
 
-def _devices(layer: Layer, hidden: Array, kernel: Array) -> dict[Platform, _Device]:
+def _devices(
+    layer: Layer, hidden: Array, kernel: Array, is_transpose: bool
+) -> dict[Platform, _Device]:
     """This device's part of the layer, for each platform that the program may be compiled for."""
     *tokens, features = hidden.shape
     classes, shards = kernel.shape[1], layer.layout.num_gathered
@@ -258,22 +260,32 @@ def _devices(layer: Layer, hidden: Array, kernel: Array) -> dict[Platform, _Devi
     config: Any = jax.config
     is_asked = config.jax_default_matmul_precision not in (None, "default", "bfloat16", "fastest")
     in_bfloat16 = dtypes == {bfloat16} or (dtypes == {bfloat16, float32} and not is_asked)
-    itemsize = jnp.dtype(precision(hidden, kernel)).itemsize
     devices: dict[Platform, _Device] = {}
     for platform in PLATFORMS:
-        sizes = tuple(tokens), features, classes, shards
-        plan = plan_blocks(*sizes, layer.block_size, platform, itemsize)
         # A CPU gains nothing by bfloat16, and XLA lacks this product for some shapes there.
         dtype = jnp.bfloat16 if in_bfloat16 and platform != "cpu" else None
+        sizes = tuple(tokens), features, classes, shards, layer.block_size, platform
+        plan = plan_blocks(*sizes, jnp.dtype(precision(hidden, kernel)).itemsize)
+        is_gathered = shards > 1 or bool(layer.layout.features)
+        if is_transpose and platform == "tpu" and plan.side == "tokens" and not is_gathered:
+            # The kernel's gradient is rewritten for every block, so longer blocks are better. There
+            # is room: a TPU computes the cotangents of logits while it multiplies and keeps nothing
+            # else. (A gathered kernel would take this room.)
+            plan = plan_blocks(*sizes, jnp.dtype(dtype or hidden.dtype).itemsize)
         devices[platform] = _Device(layer, plan, classes, dtype)
     return devices
 
 
 def _for_each_platform(
-    loop: Callable[..., list[Array]], layer: Layer, hidden: Array, kernel: Array, *rest: Array
+    loop: Callable[..., list[Array]],
+    layer: Layer,
+    hidden: Array,
+    kernel: Array,
+    *rest: Array,
+    is_transpose: bool = False,
 ) -> list[Array]:
     """``loop(device, hidden, kernel, *rest)``, as suits what the program is compiled for."""
-    devices = _devices(layer, hidden, kernel)
+    devices = _devices(layer, hidden, kernel, is_transpose)
     if len(set(devices.values())) == 1:
         return loop(devices["default"], hidden, kernel, *rest)
     ways = {platform: functools.partial(loop, device) for platform, device in devices.items()}
@@ -282,7 +294,7 @@ def _for_each_platform(
 
 def linear_sums(layer: Layer, *arrays: Array) -> Sums:
     """The sums over all classes, from hidden, kernel, bias and labels."""
-    run = functools.partial(_for_each_platform, functools.partial(_sums_loop), layer)
+    run = functools.partial(_for_each_platform, _sums_loop, layer)
     kinds: Sequence[Kind] = ("hidden", "kernel", "bias", "tokens")
     found = layer.layout.on_devices(run, arrays, kinds, ["tokens"] * layer.num_statistics)
     return Sums(*layer.named(found))
@@ -375,7 +387,8 @@ def linear_transpose(
     layer: Layer, wrt: Sequence[str], residuals: Residuals, cotangents: Sequence[Array]
 ) -> list[Array]:
     """The transpose of :func:`linear_jvp`: the cotangents of its tangents, from its results'."""
-    run = functools.partial(_for_each_platform, functools.partial(_transpose_loop, wrt), layer)
+    loop = functools.partial(_transpose_loop, wrt)
+    run = functools.partial(_for_each_platform, loop, layer, is_transpose=True)
     kinds: list[Kind] = [
         *(KINDS[name] for name in Residuals._fields),
         *["tokens"] * len(cotangents),
@@ -417,7 +430,8 @@ def _transpose_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list
             part = matmul(cotangent, k, [last], [axis], device.dtype)
             part = _without(of_tokens.is_masked, part)
             if cut_side == "tokens":
-                part = layout.sum_over_classes(part.astype(given.hidden.dtype))
+                part = part.astype(given.hidden.dtype)
+                part = layout.sum_gradient("hidden", part, given.hidden)
             parts["hidden"] = part
         if "kernel" in wrt:
             if axis == 0:
@@ -428,7 +442,8 @@ def _transpose_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list
             else:
                 part = matmul(h, cotangent, tokens, tokens, device.dtype)
             if cut_side == "classes":
-                part = layout.scatter(part.astype(given.kernel.dtype), 1 - axis, axis)
+                part = part.astype(given.kernel.dtype)
+                part = layout.scatter(part, 1 - axis, axis, given.kernel)
             parts["kernel"] = part
         axes = {"kernel": axis}
         return {
@@ -455,13 +470,16 @@ def _transpose_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list
     if "hidden" in wrt:
         results["hidden"] = gradients["hidden"].astype(given.hidden.dtype)
         if cut_side == "classes":
-            results["hidden"] = layout.sum_over_classes(results["hidden"])
+            results["hidden"] = layout.sum_gradient("hidden", results["hidden"], given.hidden)
     if "kernel" in wrt:
         gradient = gradients["kernel"].astype(given.kernel.dtype)
-        gradient = layout.scatter(gradient, 1 - axis, axis) if cut_side == "tokens" else gradient
+        if cut_side == "tokens":
+            gradient = layout.scatter(gradient, 1 - axis, axis, given.kernel)
         results["kernel"] = gradient if axis else gradient.T
     if "bias" in wrt:
-        results["bias"] = layout.scatter(gradients["bias"], -1, 0)[0].astype(given.bias.dtype)
+        results["bias"] = layout.scatter(gradients["bias"], -1, 0, given.bias)[0].astype(
+            given.bias.dtype
+        )
     return [results[name] for name in wrt]
 
 

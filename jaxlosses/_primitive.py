@@ -78,3 +78,11 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     return tuple(
         a | (zero != 0) if a.dtype == bool else a + jnp.asarray(zero, a.dtype) for a in arrays
     )
+
+
+def varying_axes(x: Array) -> frozenset[Any]:
+    """The axes of ``shard_map`` over which an array varies; none where JAX does not keep track."""
+    kind: Any = jax.typeof(x)
+    # The name differs between versions of JAX.
+    found = getattr(getattr(kind, "mat", None), "varying", None) or getattr(kind, "vma", None)
+    return frozenset(found or ())

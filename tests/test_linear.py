@@ -326,40 +326,105 @@ def test_memory_does_not_grow_with_the_vocabulary(classes):
     assert gradient.memory_analysis().temp_size_in_bytes < 64e6
 
 
-# How hidden and kernel are sharded, and blocks of the tokens where the classes are sharded.
+# How hidden and kernel are sharded over four devices of "data" and two of "model", and blocks that
+# do not divide a device's tokens or classes.
 LAYOUTS = {
-    "tokens": (("data", None, None), (None, None), 64),
-    "both axes of tokens": (("data", "model", None), (None, None), 64),
-    "features": (("data", None, "model"), ("model", None), 64),
-    "classes": ((None, None, None), (None, "model"), (32, None)),
-    "tokens and classes": (("data", None, None), (None, "model"), (32, None)),
-    "features over the devices of tokens": (("data", None, None), ("data", "model"), (32, None)),
+    "whole": ((("data",),), (), 96),
+    "features over the devices of tokens": ((("data",),), ("data",), 96),
+    "classes over the devices of tokens": ((("data",),), (None, "data"), 96),
+    "classes over their own devices": ((("data",),), (None, "model"), (10, None)),
+    "both": ((("data",),), ("data", "model"), (10, None)),
+    "classes over all devices": (("data",), (None, ("data", "model")), None),
+    "features over devices that have the same tokens": (("data", None, "model"), ("model",), None),
+    "features over all devices": ((None, "data"), (("model", "data"),), 96),
 }
+
+
+def place_on(mesh, of_hidden, of_kernel, floats, labels):
+    """The arguments, sharded, and how the gradients of the floats are."""
+    of_classes = of_kernel[1:2]
+    specs = (of_hidden, of_kernel, of_classes, of_hidden[:2], of_hidden[:2])
+    shardings = [NamedSharding(mesh, PartitionSpec(*s)) for s in specs]
+    placed = [jax.device_put(*pair) for pair in zip((*floats, labels), shardings, strict=True)]
+    return placed, tuple(shardings[:4])
+
+
+@functools.cache
+def of_all_logits():
+    """What the sharded programs have to find: value, gradients and a tangent."""
+    *floats, labels = draw((16, 8), 32, 512)
+    floats[3] = floats[3].at[2:6].set(0)  # So on two devices nothing counts.
+    loss = both(labels, label_smoothing=0.1, z_loss=0.01, logit_soft_cap=3.0)[1]
+
+    def program(*a):
+        return jax.value_and_grad(loss, ALL_FLOATS)(*a), jax.jvp(loss, a, a)[1]
+
+    floats[0] = floats[0].at[2:6].set(jnp.nan)
+    return floats, labels, jax.jit(program)(*floats)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 def test_sharded_is_local(kind, layout):
-    *floats, labels = draw((16, 8), 32, 512)
-    floats[3] = floats[3].at[2:6].set(0)
+    """On an Auto mesh that is told the layout, and on an Explicit mesh that shows it."""
+    floats, labels, expected = of_all_logits()
     of_hidden, of_kernel, block_size = LAYOUTS[layout]
-    options = {"label_smoothing": 0.1, "logit_soft_cap": 3.0, "block_size": block_size}
-    expected = jax.jit(jax.value_and_grad(both(labels, **options)[1], ALL_FLOATS))(*floats)
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_soft_cap": 3.0}
+    if kind is AxisType.Auto:
+        options["in_specs"] = (PartitionSpec(*of_hidden), PartitionSpec(*of_kernel))
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-    specs = (of_hidden, of_kernel, of_kernel[1:], of_hidden[:2], of_hidden[:2])
-    shardings = [NamedSharding(mesh, PartitionSpec(*s)) for s in specs]
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(*pair) for pair in zip((*floats, labels), shardings, strict=True)]
+        placed, kept = place_on(mesh, of_hidden, of_kernel, floats, labels)
 
-        def gradient(*arguments):
-            return jax.value_and_grad(both(arguments[4], **options)[0], ALL_FLOATS)(*arguments[:4])
+        def program(*arguments):
+            *floats, labels = arguments
+            loss = both(labels, block_size=block_size, **options)[0]
+            return jax.value_and_grad(loss, ALL_FLOATS)(*floats), jax.jvp(loss, floats, floats)[1]
 
-        kept = (NamedSharding(mesh, PartitionSpec()), tuple(shardings[:4]))
-        compiled = jax.jit(gradient, out_shardings=kept).lower(*placed).compile()
-        close(compiled(*placed), expected, rtol=1e-4)
-        if "over" not in layout:  # In that layout the kernel has to be gathered.
-            gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather", compiled.as_text())
-            assert not any("32" in shape.split(",") for shape in gathered), gathered
+        whole = NamedSharding(mesh, PartitionSpec())
+        found = jax.jit(program, out_shardings=((whole, kept), whole))(*placed)
+    close(found, expected, rtol=1e-4)
+
+
+# Which classes a device of a caller's own shard_map has, and the axis over which they are sharded.
+MAPPED = {
+    "whole": ((), None, 96),
+    "classes over the devices of tokens": ((None, "data"), "data", 96),
+    "classes over their own devices": ((None, "model"), "model", (10, None)),
+    "classes over all devices": ((None, ("model", "data")), ("model", "data"), None),
+}
+
+
+@pytest.mark.parametrize("layout", MAPPED)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_shard_of_the_classes_is_enough(check_vma, layout):
+    """In a caller's own shard_map, with labels among all classes."""
+    floats, labels, expected = of_all_logits()
+    of_kernel, class_axis_name, block_size = MAPPED[layout]
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_soft_cap": 3.0}
+    names = {"axis_name": "data", "class_axis_name": class_axis_name}
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rows, kernel, classes = (PartitionSpec(*s) for s in (("data",), of_kernel, of_kernel[1:]))
+
+    def inside(*arguments):
+        *floats, labels = arguments
+        return both(labels, block_size=block_size, **options, **names)[0](*floats)
+
+    in_specs = (rows, kernel, classes, rows, rows)
+    shard_map = functools.partial(jax.shard_map, mesh=mesh, in_specs=in_specs, check_vma=check_vma)
+    mapped = shard_map(inside, out_specs=PartitionSpec())
+
+    def program(*arguments):
+        *floats, labels = arguments
+        found = jax.value_and_grad(mapped, ALL_FLOATS)(*arguments)
+        tangent = jax.jvp(lambda *a: mapped(*a, labels), floats, floats)[1]
+        # Without the check, JAX does not sum the gradients of the members.
+        of_members = shard_map(jax.grad(inside, ALL_FLOATS), out_specs=in_specs[:4])
+        return found, tangent, of_members(*arguments) if check_vma else found[1]
+
+    found, tangent, of_members = jax.jit(program)(*floats, labels)
+    close((found, tangent), expected, rtol=1e-4)
+    close(of_members, expected[0][1], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
