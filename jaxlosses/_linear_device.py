@@ -39,7 +39,7 @@ from jaxlosses._layout import Kind, Layout
 from jaxlosses._logits import shifted, times_logit
 from jaxlosses._masking import where
 from jaxlosses._primitive import vary_alike
-from jaxlosses._reduce import max_and_pick, sum_of
+from jaxlosses._reduce import max_and_pick, max_sum_exp_and_pick, sum_of
 from jaxlosses._typing import precision
 
 
@@ -189,12 +189,14 @@ class _Device:
         plan: How this device's part is cut into blocks.
         classes: How many classes this device's part of the kernel has.
         dtype: What is multiplied is cast to it; None if it stays as it is.
+        in_one_pass: Whether maximum and sums are one reduction.
     """
 
     layer: Layer
     plan: BlockPlan
     classes: int
     dtype: Any
+    in_one_pass: bool
 
     @property
     def layout(self) -> Layout:
@@ -272,7 +274,9 @@ def _devices(
             # is room: a TPU computes the cotangents of logits while it multiplies and keeps nothing
             # else. (A gathered kernel would take this room.)
             plan = plan_blocks(*sizes, jnp.dtype(dtype or hidden.dtype).itemsize)
-        devices[platform] = _Device(layer, plan, classes, dtype)
+        # A GPU writes logits to memory, and reads them once more for each reduction.
+        in_one_pass = platform == "default" and plan.count > 1 and not is_transpose
+        devices[platform] = _Device(layer, plan, classes, dtype, in_one_pass)
     return devices
 
 
@@ -309,16 +313,11 @@ def _sums_loop(device: _Device, *arrays: Array) -> list[Array]:
         before = jax.tree.map(functools.partial(block.take, "tokens"), carry)
         k = device.kernel_of(block, kernel)
         x = layer.final(device.logits(block, block.take("tokens", hidden), k, bias))
-        last = x.ndim - 1
-        block_max, picked = max_and_pick(x, device.is_label(block, labels))
-        max_logit = jnp.maximum(before.max_logit, block_max)
-        x = shifted(x, max_logit[..., None])
-        exp = jnp.exp(x)
-        _, *sums = before.relative_to(max_logit, device.fraction(block.start if is_cut else 0))
-        more = [sum_of(exp, last), picked]
-        more.append(sum_of(x, last) / layer.classes if layer.needs_mean else None)
-        more.append(sum_of(times_logit(exp, x), last) if layer.needs_expected else None)
-        after = Sums(max_logit, *jax.tree.map(jnp.add, sums, more))
+        sums = _sums_of_block(device, x, device.is_label(block, labels), before.max_logit)
+        max_logit = jnp.maximum(before.max_logit, sums.max_logit)
+        so_far = device.fraction(block.start if is_cut else 0)
+        _, *before = before.relative_to(max_logit, so_far)
+        after = Sums(max_logit, *jax.tree.map(jnp.add, before, list(sums[1:])))
         return jax.tree.map(functools.partial(block.put, "tokens"), carry, after)
 
     zeros = jnp.sum(jnp.zeros_like(hidden, precision(hidden, kernel)), -1)
@@ -326,6 +325,22 @@ def _sums_loop(device: _Device, *arrays: Array) -> list[Array]:
     sums = device.plan.loop(step, Sums(*sums))
     sums = sums.over_devices(layer.layout.class_axes, device.fraction(device.classes))
     return jax.tree.leaves(sums)
+
+
+def _sums_of_block(device: _Device, x: Array, is_label: Array, max_before: Array) -> Sums:
+    """The sums over the logits of a block, relative to the largest logit so far."""
+    layer, last = device.layer, x.ndim - 1
+    if device.in_one_pass and layer.num_statistics == 3:
+        block_max, exp, picked = max_sum_exp_and_pick(x, is_label)
+        max_logit = jnp.maximum(max_before, block_max)
+        return Sums(max_logit, exp * jnp.exp(shifted(block_max, max_logit)), picked, None, None)
+    block_max, picked = max_and_pick(x, is_label)
+    max_logit = jnp.maximum(max_before, block_max)
+    x = shifted(x, max_logit[..., None])
+    exp = jnp.exp(x)
+    logit = sum_of(x, last) / layer.classes if layer.needs_mean else None
+    exp_times_logit = sum_of(times_logit(exp, x), last) if layer.needs_expected else None
+    return Sums(max_logit, sum_of(exp, last), picked, logit, exp_times_logit)
 
 
 def linear_jvp(layer: Layer, wrt: Sequence[str], *arrays: Array) -> list[Array]:
@@ -428,9 +443,8 @@ def _transpose_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list
         cotangent = cotangent if device.dtype is None else cotangent.astype(device.dtype)
         if "hidden" in wrt:
             part = matmul(cotangent, k, [last], [axis], device.dtype)
-            part = _without(of_tokens.is_masked, part)
             if cut_side == "tokens":
-                part = part.astype(given.hidden.dtype)
+                part = _without(of_tokens.is_masked, part.astype(given.hidden.dtype))
                 part = layout.sum_gradient("hidden", part, given.hidden)
             parts["hidden"] = part
         if "kernel" in wrt:
@@ -470,6 +484,7 @@ def _transpose_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list
     if "hidden" in wrt:
         results["hidden"] = gradients["hidden"].astype(given.hidden.dtype)
         if cut_side == "classes":
+            results["hidden"] = _without(masked, results["hidden"])
             results["hidden"] = layout.sum_gradient("hidden", results["hidden"], given.hidden)
     if "kernel" in wrt:
         gradient = gradients["kernel"].astype(given.kernel.dtype)
