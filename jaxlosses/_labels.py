@@ -105,14 +105,26 @@ def class_ids(
     return _check(jnp.where(absent, 0, labels), weights.astype(bool), classes), weights
 
 
-def is_label(labels: Array, shape: tuple[int, ...]) -> Array:
-    """Where along the classes the label is; no index, so nothing can wrap, clamp or gather."""
-    return jax.lax.broadcasted_iota(labels.dtype, shape, len(shape) - 1) == labels[..., None]
+def is_label(labels: Array, shape: tuple[int, ...], first: Any = 0) -> Array:
+    """Where along the classes, of which this is the first, the label is.
+
+    No index, so nothing can wrap, clamp or gather.
+    """
+    ids = jax.lax.broadcasted_iota(labels.dtype, shape, len(shape) - 1)
+    return ids + jnp.asarray(first, labels.dtype) == labels[..., None]
 
 
 def num_shards(class_axis_name: AxisName) -> int:
     """How many members of mapped axes share the classes; 1 without an axis."""
     return math.prod(jax.lax.axis_size(name) for name in axis_names(class_axis_name))
+
+
+def shard_index(class_axis_name: AxisName) -> Any:
+    """Which shard of the classes this member of mapped axes has, the first axis outermost."""
+    index = 0
+    for name in axis_names(class_axis_name):
+        index = index * jax.lax.axis_size(name) + jax.lax.axis_index(name)
+    return index
 
 
 def nan_if_impossible(losses: Array, labels: Array, classes: int) -> Array:

@@ -111,8 +111,7 @@ class Layout:
         return self._reshard(x, PartitionSpec(*(old or new or None for new, old in pairs)))
 
     def _reshard(self, x: Array, spec: PartitionSpec) -> Array:
-        explicit = () if self.mesh is None else _of_type(self.mesh, AxisType.Explicit)
-        if not explicit:
+        if self.mesh is None or not (explicit := _of_type(self.mesh, AxisType.Explicit)):
             return x
         kept = [tuple(n for n in _names(names) if n in explicit) or None for names in spec]
         return jax.sharding.reshard(x, NamedSharding(self.mesh, PartitionSpec(*kept)))
@@ -326,7 +325,7 @@ def _names(names: Any) -> Names:
     return tuple(names) if isinstance(names, tuple) else (names,)
 
 
-def _padded(spec: Sequence[Any], ndim: int) -> list[Names]:
+def _padded(spec: Any, ndim: int) -> list[Names]:
     return [*map(_names, spec), *[()] * (ndim - len(spec))]
 
 

@@ -66,16 +66,33 @@ def linear_softmax_cross_entropy(
     $$l = \log \sum_c e^{x_c} - (1 - s)\, x_y - \frac{s}{C} \sum_c x_c
     + z \left(\log \sum_c e^{x_c}\right)^2, \quad x = a \tanh\frac{h K + b}{a}$$
 
-    The logits are computed block by block, in float32 at least, and once more for the derivative,
-    so that a gradient takes four matrix products instead of three. Temporary memory holds one block
-    and, in float32, the gradient with respect to ``hidden``. It does not grow with the number of
-    classes.
+    **On an Auto mesh, pass** ``in_specs``. JAX does not show there how arrays are sharded, and
+    without it every device may gather the whole kernel for every block (hundreds of gigabytes in a
+    step of a large model). Say it as for ``shard_map``, inside of ``jax.set_mesh(mesh)``::
 
-    A block is some of the classes or, where these are sharded, some of the tokens (then the float32
-    gradient in memory is that of ``kernel``). How an array is sharded is known on an Explicit mesh,
-    but not on an Auto mesh: if the classes are sharded there, pass ``block_size=(256, None)``, or
-    every device gathers the whole kernel. If the number of tokens is symbolic (in ``jax.export``),
-    a block is some of the classes, whose number must be fixed.
+        in_specs=(PartitionSpec("data", None, None), PartitionSpec(None, "model"))
+
+    An Explicit mesh shows it. In a ``shard_map`` of your own, ``axis_name`` is for the tokens and
+    ``class_axis_name`` for classes of which each device has a shard; labels are among all classes.
+    An axis in both shards tokens and classes (FSDP). Then each device needs only its own tokens and
+    one block of the kernel's shards, which it gathers.
+
+    The logits are computed block by block, in float32 at least, and once more for the derivative,
+    so that a gradient takes four matrix products instead of three. Temporary memory on each device
+    holds one block and, in float32, the gradient with respect to ``hidden`` or to ``kernel``,
+    whichever is smaller: a block is some of the classes if a device has at least as many classes as
+    tokens, else some of the tokens. Its size suits the machine: about 8 MB of logits on a CPU, 64
+    on a TPU, 256 on a GPU. Where the number of tokens is symbolic (in ``jax.export``) it is some of
+    the classes, whose number must be fixed.
+
+    **Precision.** Products are of ``hidden``'s and ``kernel``'s own dtype and sums are float32, as
+    ``jax.default_matmul_precision`` says. Where one is bfloat16 and the other one float32 (Flax's
+    ``param_dtype``), TPUs and GPUs multiply in bfloat16, as Flax does; CPUs, and whoever asks for
+    more by ``jax.default_matmul_precision``, in float32. Gradients have each array's own dtype.
+
+    **Padded vocabularies.** Classes that only fill the kernel up to a round number are cut off by
+    slicing it, ``kernel[:, :num_classes]``. A bias of minus infinity rules a class out too, but not
+    under a soft cap, which makes it $-a$, so that the class keeps a share of the probability.
 
     Args:
         hidden: Real numbers ``[batch, d1, ..., dN, features]``.
@@ -83,14 +100,17 @@ def linear_softmax_cross_entropy(
         labels: Integers ``[batch, d1, ..., dN]`` or ``[batch, d1, ..., dN, 1]``.
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
         bias: Real numbers ``[classes]``, the $b$ above; minus infinity rules a class out, unless
-            there is a soft cap, which makes it $-a$.
+            there is a soft cap.
         label_smoothing: The $s$ above, from 0 to 1.
         z_loss: The $z$ above, not negative; keeps the logits from drifting.
         logit_soft_cap: The $a$ above, from 1e-30 to 1e30; logits stay between $-a$ and $a$.
         ignore_index: Labels of this value have weight zero.
-        block_size: How many classes a block has, or ``(tokens, None)``: about how many tokens.
+        block_size: How many classes a block has, or ``(tokens, None)``: about how many tokens; on
+            each device, where it is known how the arrays are sharded.
         reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"`` or ``"parts"``.
         axis_name: Mapped axes to reduce over as well.
+        class_axis_name: Mapped axes over whose members the classes are sharded, in order.
+        in_specs: How ``hidden`` and ``kernel`` are sharded: two ``PartitionSpec``.
 
     Returns:
         The reduced loss, float32 at least.
@@ -98,7 +118,8 @@ def linear_softmax_cross_entropy(
     Raises:
         ValueError: if ``kernel`` is not ``[features, classes]``, or there is no class; if ``bias``
             is not ``[classes]``; if the labels are not integers of the shape of ``hidden`` without
-            the features; if the weights do not align; or if an option is out of its range.
+            the features; if the weights do not align; if ``in_specs`` do not fit the
+            arrays or the mesh; or if an option is out of its range.
 
     References:
         ``tf.contrib.losses.sparse_softmax_cross_entropy``, TensorFlow 1.15. Wijmans et al., "Cut

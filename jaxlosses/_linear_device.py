@@ -83,6 +83,7 @@ KINDS: dict[str, Kind] = {
     "log_sum_exp_shifted": "tokens",
     "expected_logit_shifted": "tokens",
 }
+_TOKENS: list[Kind] = ["tokens"]
 _SIDES: dict[str, Side] = {"hidden": "tokens", "kernel": "classes", "bias": "classes"}
 
 
@@ -300,7 +301,7 @@ def linear_sums(layer: Layer, *arrays: Array) -> Sums:
     """The sums over all classes, from hidden, kernel, bias and labels."""
     run = functools.partial(_for_each_platform, _sums_loop, layer)
     kinds: Sequence[Kind] = ("hidden", "kernel", "bias", "tokens")
-    found = layer.layout.on_devices(run, arrays, kinds, ["tokens"] * layer.num_statistics)
+    found = layer.layout.on_devices(run, arrays, kinds, _TOKENS * layer.num_statistics)
     return Sums(*layer.named(found))
 
 
@@ -353,8 +354,7 @@ def linear_jvp(layer: Layer, wrt: Sequence[str], *arrays: Array) -> list[Array]:
     """
     run = functools.partial(_for_each_platform, functools.partial(_jvp_loop, wrt), layer)
     kinds = [KINDS[name] for name in (*Residuals._fields, *wrt)]
-    out_kinds: Sequence[Kind] = ["tokens"] * (layer.num_statistics - 1)
-    return layer.layout.on_devices(run, arrays, kinds, out_kinds)
+    return layer.layout.on_devices(run, arrays, kinds, _TOKENS * (layer.num_statistics - 1))
 
 
 def _jvp_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list[Array]:
@@ -404,31 +404,42 @@ def linear_transpose(
     """The transpose of :func:`linear_jvp`: the cotangents of its tangents, from its results'."""
     loop = functools.partial(_transpose_loop, wrt)
     run = functools.partial(_for_each_platform, loop, layer, is_transpose=True)
-    kinds: list[Kind] = [
-        *(KINDS[name] for name in Residuals._fields),
-        *["tokens"] * len(cotangents),
-    ]
-    return layer.layout.on_devices(
-        run, [*residuals, *cotangents], kinds, [KINDS[name] for name in wrt]
-    )
+    kinds = [KINDS[name] for name in Residuals._fields] + _TOKENS * len(cotangents)
+    out_kinds = [KINDS[name] for name in wrt]
+    return layer.layout.on_devices(run, [*residuals, *cotangents], kinds, out_kinds)
 
 
 def _transpose_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list[Array]:
     given, _ = split(arrays)
     residuals, cotangents = split(vary_alike(*arrays))
-    layer, layout, cut_side = device.layer, device.layout, device.plan.side
-    masked, axis = residuals.is_masked, device.classes_axis
+    layer, layout, axis = device.layer, device.layout, device.classes_axis
+    cut_side, dtype = device.plan.side, device.dtype
     kernel, bias = device.prepare(residuals.kernel, residuals.bias)
-    whole_hidden = _without(masked, residuals.hidden) if cut_side == "classes" else None
-    # A CPU multiplies rows by columns faster than columns by columns. Transposed once, before the
-    # loop, and not in every block.
-    hidden_transposed = None if whole_hidden is None else jnp.moveaxis(whole_hidden, -1, 0)
+    whole_hidden = hidden_transposed = None
+    if cut_side == "classes":
+        whole_hidden = _without(residuals.is_masked, residuals.hidden)
+        # A CPU multiplies rows by columns faster than columns by columns. Transposed once, before
+        # the loop, and not in every block.
+        hidden_transposed = jnp.moveaxis(whole_hidden, -1, 0)
+
+    def settle(name: str, gradient: Array, masked: Array) -> Array:
+        """A gradient in its own dtype, and its sum over the devices that have to add it up."""
+        like = getattr(given, name)
+        if name == "hidden":
+            gradient = _without(masked, gradient.astype(like.dtype))
+            return layout.sum_gradient("hidden", gradient, like)
+        if name == "kernel":
+            return layout.scatter(gradient.astype(like.dtype), 1 - axis, axis, like)
+        return layout.scatter(gradient, -1, 0, like).astype(like.dtype)
+
+    def is_settled_by_block(name: str) -> bool:
+        # A bias is small. One sum of all of it is better than one for each block.
+        return _SIDES[name] == cut_side and name != "bias"
 
     def step(block: BlockSlice, carry: dict[str, Array]) -> dict[str, Array]:
         of_tokens = _of_block(block, residuals)
-        h = of_tokens.hidden if whole_hidden is None else whole_hidden
-        h = _without(of_tokens.is_masked, h) if whole_hidden is None else h
-        k = device.kernel_of(block, kernel)
+        masked, k = of_tokens.is_masked, device.kernel_of(block, kernel)
+        h = _without(masked, of_tokens.hidden) if whole_hidden is None else whole_hidden
         is_label = device.is_label(block, residuals.labels)
 
         def surrogates(x: Array) -> list[Array]:
@@ -436,66 +447,45 @@ def _transpose_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list
 
         _, pullback = jax.vjp(surrogates, device.logits(block, h, k, bias))
         (cotangent,) = pullback([block.take("tokens", c) for c in cotangents])
-        tokens, last = list(range(cotangent.ndim - 1)), cotangent.ndim - 1
-        parts = {}
-        if "bias" in wrt:
-            parts["bias"] = jnp.sum(cotangent, tokens).reshape(layout.num_gathered, -1)
-        cotangent = cotangent if device.dtype is None else cotangent.astype(device.dtype)
-        if "hidden" in wrt:
-            part = matmul(cotangent, k, [last], [axis], device.dtype)
-            if cut_side == "tokens":
-                part = _without(of_tokens.is_masked, part.astype(given.hidden.dtype))
-                part = layout.sum_gradient("hidden", part, given.hidden)
-            parts["hidden"] = part
-        if "kernel" in wrt:
-            if axis == 0:
-                part = matmul(cotangent, h, tokens, tokens, device.dtype)
-            elif hidden_transposed is not None:
-                of_hidden = [t + 1 for t in tokens]
-                part = matmul(hidden_transposed, cotangent, of_hidden, tokens, device.dtype)
-            else:
-                part = matmul(h, cotangent, tokens, tokens, device.dtype)
-            if cut_side == "classes":
-                part = part.astype(given.kernel.dtype)
-                part = layout.scatter(part, 1 - axis, axis, given.kernel)
-            parts["kernel"] = part
-        axes = {"kernel": axis}
-        return {
-            name: block.add(_SIDES[name], c, parts[name], axes.get(name, -1))
-            for name, c in carry.items()
-        }
+        last = cotangent.ndim - 1
+        tokens = list(range(last))
+        parts = {"bias": jnp.sum(cotangent, tokens).reshape(layout.num_gathered, -1)}
+        cotangent = cotangent if dtype is None else cotangent.astype(dtype)
+        parts["hidden"] = matmul(cotangent, k, [last], [axis], dtype)
+        if axis == 0:
+            parts["kernel"] = matmul(cotangent, h, tokens, tokens, dtype)
+        elif hidden_transposed is None:
+            parts["kernel"] = matmul(h, cotangent, tokens, tokens, dtype)
+        else:
+            of_hidden = [t + 1 for t in tokens]
+            parts["kernel"] = matmul(hidden_transposed, cotangent, of_hidden, tokens, dtype)
+        added = {}
+        for name, so_far in carry.items():
+            part = parts[name]
+            part = settle(name, part, masked) if is_settled_by_block(name) else part
+            classes_axis = axis if name == "kernel" else 1
+            added[name] = block.add(_SIDES[name], so_far, part, classes_axis)
+        return added
 
     # Accumulate in float32; cast once at the end. On the side that is cut nothing accumulates: each
     # block has its own part.
     wide = residuals.max_logit.dtype
-    carry = {}
-    if "hidden" in wrt:
-        like = given.hidden if cut_side == "tokens" else residuals.hidden
-        carry["hidden"] = jnp.zeros_like(like, given.hidden.dtype if cut_side == "tokens" else wide)
-    if "kernel" in wrt:
-        like, dtype = (
-            (given.kernel, given.kernel.dtype) if cut_side == "classes" else (kernel, wide)
-        )
-        carry["kernel"] = jnp.zeros_like(like, dtype, shape=kernel.shape)
-    if "bias" in wrt:
-        carry["bias"] = jnp.zeros_like(bias, wide)
+    sums = {"hidden": residuals.hidden, "kernel": kernel, "bias": bias}
+    carry = {
+        name: jnp.zeros_like(getattr(given, name), shape=sums[name].shape)
+        if is_settled_by_block(name)
+        else jnp.zeros_like(sums[name], wide)
+        for name in wrt
+    }
     gradients = device.plan.loop(step, carry)
-    results = {}
-    if "hidden" in wrt:
-        results["hidden"] = gradients["hidden"].astype(given.hidden.dtype)
-        if cut_side == "classes":
-            results["hidden"] = _without(masked, results["hidden"])
-            results["hidden"] = layout.sum_gradient("hidden", results["hidden"], given.hidden)
-    if "kernel" in wrt:
-        gradient = gradients["kernel"].astype(given.kernel.dtype)
-        if cut_side == "tokens":
-            gradient = layout.scatter(gradient, 1 - axis, axis, given.kernel)
-        results["kernel"] = gradient if axis else gradient.T
+    for name, gradient in gradients.items():
+        if not is_settled_by_block(name):
+            gradients[name] = settle(name, gradient, residuals.is_masked)
+    if "kernel" in wrt and axis == 0:
+        gradients["kernel"] = gradients["kernel"].T
     if "bias" in wrt:
-        results["bias"] = layout.scatter(gradients["bias"], -1, 0, given.bias)[0].astype(
-            given.bias.dtype
-        )
-    return [results[name] for name in wrt]
+        gradients["bias"] = gradients["bias"][0]
+    return [gradients[name] for name in wrt]
 
 
 def _of_block(block: BlockSlice, residuals: Residuals) -> Residuals:

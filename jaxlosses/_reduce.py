@@ -21,6 +21,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxlosses._primitive import define_primitive, with_axis_in_front
 from jaxlosses._reduce_cpu import reduce_together
+from jaxlosses._typing import AxisName
 
 _SUMS = ("sum", "sum and count")  # The other operations are "max" and "max and pick".
 
@@ -51,6 +52,16 @@ def max_and_pick(x: Array, mask: Array) -> tuple[Array, Array]:
     """
     maximum, picked = _reduce_p.bind(x, mask, operation="max and pick", num_kept_axes=x.ndim - 1)
     return maximum, picked
+
+
+def max_over_members(x: Array, axis_name: AxisName) -> Array:
+    """The maximum over the members of mapped axes, if there are any; its derivative counts as 0."""
+    return x if axis_name is None else lax.pmax(lax.stop_gradient(x), axis_name)
+
+
+def sum_over_members(x: Array, axis_name: AxisName) -> Array:
+    """The sum over the members of mapped axes, if there are any."""
+    return x if axis_name is None else lax.psum(x, axis_name)
 
 
 def max_sum_exp_and_pick(x: Array, mask: Array) -> tuple[Array, Array, Array]:
