@@ -83,7 +83,6 @@ KINDS: dict[str, Kind] = {
     "log_sum_exp_shifted": "tokens",
     "expected_logit_shifted": "tokens",
 }
-_TOKENS: list[Kind] = ["tokens"]
 _SIDES: dict[str, Side] = {"hidden": "tokens", "kernel": "classes", "bias": "classes"}
 
 
@@ -301,7 +300,7 @@ def linear_sums(layer: Layer, *arrays: Array) -> Sums:
     """The sums over all classes, from hidden, kernel, bias and labels."""
     run = functools.partial(_for_each_platform, _sums_loop, layer)
     kinds: Sequence[Kind] = ("hidden", "kernel", "bias", "tokens")
-    found = layer.layout.on_devices(run, arrays, kinds, _TOKENS * layer.num_statistics)
+    found = layer.layout.on_devices(run, arrays, kinds, _tokens(layer.num_statistics))
     return Sums(*layer.named(found))
 
 
@@ -353,8 +352,8 @@ def linear_jvp(layer: Layer, wrt: Sequence[str], *arrays: Array) -> list[Array]:
         arrays: The residuals, and a tangent for each name in ``wrt``.
     """
     run = functools.partial(_for_each_platform, functools.partial(_jvp_loop, wrt), layer)
-    kinds = [KINDS[name] for name in (*Residuals._fields, *wrt)]
-    return layer.layout.on_devices(run, arrays, kinds, _TOKENS * (layer.num_statistics - 1))
+    kinds = _kinds((*Residuals._fields, *wrt))
+    return layer.layout.on_devices(run, arrays, kinds, _tokens(layer.num_statistics - 1))
 
 
 def _jvp_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list[Array]:
@@ -404,9 +403,8 @@ def linear_transpose(
     """The transpose of :func:`linear_jvp`: the cotangents of its tangents, from its results'."""
     loop = functools.partial(_transpose_loop, wrt)
     run = functools.partial(_for_each_platform, loop, layer, is_transpose=True)
-    kinds = [KINDS[name] for name in Residuals._fields] + _TOKENS * len(cotangents)
-    out_kinds = [KINDS[name] for name in wrt]
-    return layer.layout.on_devices(run, [*residuals, *cotangents], kinds, out_kinds)
+    kinds = _kinds(Residuals._fields) + _tokens(len(cotangents))
+    return layer.layout.on_devices(run, [*residuals, *cotangents], kinds, _kinds(wrt))
 
 
 def _transpose_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list[Array]:
@@ -496,6 +494,14 @@ def _of_block(block: BlockSlice, residuals: Residuals) -> Residuals:
             for name, x in residuals._asdict().items()
         )
     )
+
+
+def _kinds(names: Sequence[str]) -> list[Kind]:
+    return [KINDS[name] for name in names]
+
+
+def _tokens(count: int) -> list[Kind]:
+    return ["tokens"] * count
 
 
 def _without(masked: Array, x: Array) -> Array:
