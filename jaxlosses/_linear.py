@@ -267,16 +267,19 @@ def linear_log_probs(
         in_specs=in_specs,
     )
     temperature = check_number("temperature", temperature, 1e-30, 1e30)
-    layer = dataclasses.replace(layer, temperature=temperature, needs_expected=True)
-    # A token that is not finite is masked as long as nobody asks for its gradient.
+    options = {"temperature": temperature, "needs_expected": True, "masks_all_absent": True}
+    layer = dataclasses.replace(layer, **options)
+    # Other tokens are masked as long as nobody asks for their gradient, which is NaN.
     finite = jnp.isfinite(jnp.sum(jnp.square(inputs.hidden.astype(inputs.dtype)), -1))
-    max_logit, log_sum_exp, label_logit, _, expected_logit = inputs.statistics(layer, finite)
+    possible = is_class(inputs.labels, layer.classes)
+    statistics = inputs.statistics(layer, finite & possible)
+    max_logit, log_sum_exp, label_logit, _, expected_logit = statistics
     assert expected_logit is not None
     return LogProbs(
-        nan_if_impossible(label_logit - log_sum_exp, inputs.labels, layer.classes),
+        jnp.where(possible, label_logit - log_sum_exp, jnp.nan),
         log_sum_exp - expected_logit,
         max_logit + log_sum_exp,
-        (label_logit >= 0) & is_class(inputs.labels, layer.classes),
+        (label_logit >= 0) & possible,
     )
 
 

@@ -69,9 +69,11 @@ def _statistics_jvp(layer: Layer, primals: Any, tangents: Any) -> tuple[Any, Any
     }
     if not input_tangents:
         return statistics, [jnp.zeros_like(s) for s in statistics]
-    # An absent token is masked if its logits or their derivatives would not be finite.
-    finite = jnp.isfinite(jnp.sum(jnp.square(hidden.astype(max_logit.dtype)), -1))
-    usable = present | (finite & jnp.isfinite(max_logit) & jnp.isfinite(log_sum_exp_shifted))
+    usable = present
+    if not layer.masks_all_absent:
+        # An absent token is masked if its logits or their derivatives would not be finite.
+        finite = jnp.isfinite(jnp.sum(jnp.square(hidden.astype(max_logit.dtype)), -1))
+        usable |= finite & jnp.isfinite(max_logit) & jnp.isfinite(log_sum_exp_shifted)
     expected = layer.named(statistics).expected_logit_shifted
     residuals = Residuals(
         hidden,

@@ -99,6 +99,8 @@ class Layer:
         has_bias: Whether the bias is used.
         needs_mean: Whether the mean logit is a statistic.
         needs_expected: Whether the expected logit is a statistic.
+        masks_all_absent: Whether all tokens that are not present are masked, not only those whose
+            numbers are not finite.
     """
 
     layout: Layout
@@ -109,6 +111,7 @@ class Layer:
     has_bias: bool = True
     needs_mean: bool = False
     needs_expected: bool = False
+    masks_all_absent: bool = False
 
     @property
     def num_statistics(self) -> int:

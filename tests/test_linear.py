@@ -277,6 +277,124 @@ def test_there_may_be_one_token_no_token_or_no_feature():
         close(no_feature, np.log(CLASSES))
 
 
+def log_probs_of_logits(hidden, kernel, labels, *, bias, temperature=1.0, logit_soft_cap=None, **_):
+    """What ``linear_log_probs`` has to be, in plain JAX."""
+    logits = hidden @ kernel + jnp.expand_dims(bias, range(hidden.ndim - 1))
+    if logit_soft_cap:
+        logits = logit_soft_cap * jnp.tanh(logits / logit_soft_cap)
+    log_p = jax.nn.log_softmax(logits / temperature)
+    p = jnp.exp(log_p)
+    return jl.LogProbs(
+        jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0],
+        -jnp.sum(jnp.where(p > 0, p * log_p, 0), -1),
+        jax.nn.logsumexp(logits / temperature, -1),
+        jnp.argmax(logits, -1) == labels,
+    )
+
+
+def value_and_all_derivatives(log_probs, floats, labels, **options):
+    """The results, their tangents, gradients of two sums of theirs, and a second derivative."""
+
+    def results(*some):
+        hidden, kernel, bias = some
+        found = log_probs(hidden, kernel, labels, bias=bias, **options)
+        return found.label, found.entropy, found.log_partition, found.is_top
+
+    def total(*some):
+        label, entropy, log_partition, _ = results(*some)
+        return jnp.sum(label * jnp.cos(entropy) + jnp.square(log_partition))
+
+    *tangents, _ = jax.jvp(results, floats, [x[::-1] for x in floats])[1]
+    of_entropy = jax.grad(lambda *a: jnp.sum(jnp.sin(results(*a)[1])), (0, 1, 2))
+    gradient = jax.grad(total, (0, 1, 2))
+    second = jax.jvp(gradient, floats, floats)[1]
+    return results(*floats), tangents, of_entropy(*floats), gradient(*floats), second
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_size": 4, "temperature": 0.7},
+        {"block_size": (6, None), "logit_soft_cap": 2.0, "temperature": 2},
+        {},
+    ],
+    ids=["classes", "tokens", "default"],
+)
+def test_log_probs_are_those_of_all_logits(options):
+    *floats, _, labels = draw()
+    program = jax.jit(functools.partial(value_and_all_derivatives, **options), static_argnums=0)
+    found, expected = (
+        program(f, floats, labels) for f in (jl.linear_log_probs, log_probs_of_logits)
+    )
+    close(found, expected, rtol=1e-4, atol=1e-5)
+    assert 0 < found[0][3].sum() < labels.size
+
+
+@pytest.mark.parametrize("layout", ["classes over the devices of tokens", "both"])
+def test_log_probs_of_shards_are_those_of_all_logits(layout):
+    *floats, _, labels = draw((16, 8), 32, 512)
+    floats[0] /= 8  # So that logits are not so large that second derivatives are inaccurate.
+    of_hidden, of_kernel, block_size = LAYOUTS[layout]
+    in_specs = (PartitionSpec(*of_hidden), PartitionSpec(*of_kernel))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    program = jax.jit(
+        value_and_all_derivatives, static_argnums=0, static_argnames=("in_specs", "block_size")
+    )
+    expected = program(log_probs_of_logits, floats, labels)
+    options = {"in_specs": in_specs, "block_size": block_size}
+    with jax.set_mesh(mesh):
+        close(
+            program(jl.linear_log_probs, floats, labels, **options), expected, rtol=1e-3, atol=1e-4
+        )
+
+
+def test_log_probs_of_ruled_out_classes_are_finite():
+    hidden, kernel, bias, _, labels = draw()
+    bias = bias.at[jnp.array([0, 1, 2, 3, 9])].set(-jnp.inf)
+    labels = jnp.clip(labels, 4, 8)
+    for block_size in (2, (6, None)):
+        found = jl.linear_log_probs(hidden, kernel, labels, bias=bias, block_size=block_size)
+        expected = log_probs_of_logits(hidden, kernel, labels, bias=bias)
+        close(found, expected, rtol=1e-5)
+
+    def total(*floats):
+        found = jl.linear_log_probs(*floats, labels, block_size=2, bias=bias)
+        return jnp.sum(found.entropy + found.label)
+
+    chex.assert_tree_all_finite(jax.grad(total, (0, 1))(hidden, kernel))
+
+
+def test_absent_log_probs_touch_nothing_and_trouble_that_counts_propagates():
+    hidden, kernel, _, _, labels = draw((10,))
+    rubbish = hidden.at[3, 1].set(jnp.nan).at[4].set(jnp.inf), labels.at[3].set(-1)
+
+    @jax.jit
+    def gradients(hidden, labels, counts):
+        def total(hidden, kernel):
+            found = jl.linear_log_probs(hidden, kernel, labels, block_size=4)
+            terms = (found.label, found.entropy, found.log_partition)
+            label, *rest = (jnp.where(counts, term, 0) for term in terms)
+            return jnp.sum(label + rest[0] * rest[1])
+
+        return jax.grad(total, (0, 1))(hidden, kernel)
+
+    absent = ~jnp.isin(jnp.arange(10), jnp.array([3, 4]))
+    close(gradients(*rubbish, absent), gradients(hidden, labels, absent))
+    of_hidden, of_kernel = gradients(*rubbish, jnp.ones(10, bool))
+    assert jnp.isnan(of_hidden[3]).all()
+    assert jnp.isnan(of_hidden[4]).all()
+    assert jnp.isnan(of_kernel).all()
+    assert jnp.isfinite(of_hidden[5:]).all()
+    of_impossible, _ = gradients(hidden, labels.at[0].set(CLASSES), jnp.arange(10) < 5)
+    assert jnp.isnan(of_impossible[0]).all()
+    assert jnp.isfinite(of_impossible[1:]).all()
+    impossible = jl.linear_log_probs(hidden, kernel, labels.at[0].set(CLASSES))
+    assert jnp.isnan(impossible.label[0])
+    assert not impossible.is_top[0]
+    assert jnp.isfinite(impossible.label[1:]).all()
+    assert jnp.isfinite(impossible.entropy).all()
+
+
 def test_where_nothing_counts_value_and_gradient_are_zero():
     """Even if there is a NaN in the kernel or the bias."""
     hidden, kernel, bias, weights, labels = draw()
@@ -316,6 +434,22 @@ def test_matmul_precision_is_respected():
         with jax.default_matmul_precision(precision.lower()):
             text = str(jax.make_jaxpr(jax.grad(linear, (0, 1)))(hidden, kernel, labels))
         assert set(re.findall(r"precision=\(?Precision\.(\w+)", text)) == {precision}
+
+
+def test_bfloat16_and_float32_are_multiplied_in_bfloat16_unless_more_is_asked_for():
+    """Not on a CPU."""
+    hidden, kernel, *_, labels = draw()
+    low = hidden.astype(jnp.bfloat16)
+
+    def products(platform):
+        lowered = jax.jit(jax.grad(linear, (0, 1))).trace(low, kernel, labels)
+        text = lowered.lower(lowering_platforms=(platform,)).as_text()
+        return set(re.findall(r"dot_general.*: \(tensor<\w*x(\w+)>, tensor<\w*x(\w+)>\)", text))
+
+    assert products("tpu") == products("cuda") == {("bf16", "bf16")}
+    assert products("cpu") == {("f32", "f32")}
+    with jax.default_matmul_precision("float32"):
+        assert products("tpu") == {("f32", "f32")}
 
 
 @pytest.mark.parametrize("classes", [32768, 131072, 50257])
@@ -453,6 +587,81 @@ def test_members_of_an_axis_agree_with_the_whole(reduction, block_size, check_vm
             jax.grad(inside, ALL_FLOATS), out_specs=specs["in_specs"][:4], **specs
         )
         close(jax.jit(local)(*floats, labels), expected[1])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("is_sparse", [True, False], ids=["class ids", "distributions"])
+def test_losses_of_logits_take_shards_of_the_classes(is_sparse, check_vma):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(8, 3, 6)), jnp.float32)
+    # A class that is ruled out, and on two of the four devices, where nothing counts, rubbish.
+    logits = logits.at[1, 0, 4].set(-jnp.inf).at[2:6].set(jnp.nan)
+    weights = jnp.arange(8.0).at[2:6].set(0)
+    labels = jnp.asarray(rng.integers(0, 4, (8, 3)), jnp.int32)
+    rows, classes = PartitionSpec("data"), PartitionSpec("data", None, "model")
+    loss, of_labels = jl.sparse_softmax_cross_entropy, rows
+    if not is_sparse:
+        loss, labels, of_labels = jl.softmax_cross_entropy, jax.nn.one_hot(labels, 6), classes
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def program(loss):
+        plain, smooth = (
+            lambda x, w, o=o: loss(x, labels, w, **o)
+            for o in ({}, {"z_loss": 0.1, "label_smoothing": 0.1})
+        )
+        finite = jnp.where(jnp.isinf(logits), 0, logits)
+        arguments = [(plain, logits), (smooth, finite)]
+        gradients = [jax.value_and_grad(f, (0, 1))(x, weights) for f, x in arguments]
+        return gradients, jax.jvp(smooth, (finite, weights), (finite, weights))[1]
+
+    def mapped(*arguments, **options):
+        inside = functools.partial(loss, axis_name="data", class_axis_name="model", **options)
+        specs = {"in_specs": (classes, of_labels, rows), "out_specs": PartitionSpec()}
+        return jax.shard_map(inside, mesh=mesh, check_vma=check_vma, **specs)(*arguments)
+
+    close(*(jax.jit(program, static_argnums=0)(f) for f in (mapped, loss)))
+
+
+def test_members_that_share_a_row_do_not_add_it_up():
+    with pytest.raises(ValueError, match=r"class_axis_name must be other axes than axis_name.*'i'"):
+        jax.vmap(
+            lambda x: jl.sparse_softmax_cross_entropy(
+                x, jnp.zeros(3, int), axis_name="i", class_axis_name="i"
+            ),
+            axis_name="i",
+        )(jnp.zeros((2, 3, 4)))
+
+
+SPEC = PartitionSpec("data")
+
+
+@pytest.mark.parametrize(
+    ("in_specs", "message"),
+    [
+        (SPEC, "in_specs must be a PartitionSpec of hidden and a PartitionSpec of kernel, got"),
+        ((SPEC,), "in_specs must be a PartitionSpec of hidden and"),
+        ((SPEC, "data"), "in_specs must be a PartitionSpec of hidden and.*'data'"),
+        ((PartitionSpec("rows"), SPEC), r"in_specs of hidden must name axes.*'data'.*'rows'"),
+        ((SPEC, PartitionSpec(None, "data")), r"equal shards.*\(6, 11\).*axis of 11 has 4 shards"),
+        ((SPEC, PartitionSpec(None, None, "data")), r"fit kernel of shape \(6, 11\)"),
+    ],
+)
+def test_in_specs_are_checked(in_specs, message):
+    hidden, kernel, _, _, labels = draw((8, 3))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        linear(hidden, kernel, labels, in_specs=in_specs)
+
+
+def test_in_specs_need_a_mesh_and_no_shard_map():
+    hidden, kernel, _, _, labels = draw((8, 3))
+    with pytest.raises(ValueError, match=r"in_specs need a mesh: .*jax.set_mesh"):
+        linear(hidden, kernel, labels, in_specs=(SPEC, SPEC))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (SPEC, PartitionSpec()), "class_axis_name": "i"}
+    mapped = jax.vmap(functools.partial(linear, hidden, kernel, **specs), axis_name="i")
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"class_axis_name.*None, got 'i'"):
+        mapped(labels[None])
 
 
 @pytest.mark.parametrize(
