@@ -126,6 +126,8 @@ def plan_blocks(
     block_size: BlockSize,
     platform: Platform,
     itemsize: int,
+    *,
+    may_cut_tokens: bool = True,
 ) -> BlockPlan:
     """Blocks of the size that was asked for, or of as many logits as suit a platform.
 
@@ -141,6 +143,9 @@ def plan_blocks(
         block_size: What was asked for.
         platform: Which kind of machine it is for.
         itemsize: How many bytes a logit takes.
+        may_cut_tokens: Whether tokens may be cut by default. Where it is not known how arrays are
+            sharded they must not be: most often the tokens are sharded, and a block of them would
+            be on one device.
     """
     classes, num_tokens = part * shards, math.prod(tokens)
     is_fixed = is_integer(num_tokens)
@@ -150,7 +155,7 @@ def plan_blocks(
         rows = block_size[0]
     elif block_size is not None:
         columns = -(-block_size // shards)
-    elif is_fixed and num_tokens > classes:
+    elif is_fixed and num_tokens > classes and may_cut_tokens:
         rows = _near(num_tokens, logits // classes, "tokens", features, _MULTIPLES[platform])
     else:
         wanted = logits // max(num_tokens, 1) if is_fixed else 0

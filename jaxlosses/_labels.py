@@ -72,6 +72,22 @@ def _narrow(labels: Any, options: dict[str, Any]) -> Any:
     return np.asarray(fitting, narrow)
 
 
+def as_class_ids(labels: ArrayLike, logits_shape: tuple[int, ...]) -> Array:
+    """Labels of the logits' shape without the classes; ``ValueError`` if they are not."""
+    labels = as_array("labels", labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, got dtype {labels.dtype}")
+    *shape, _ = logits_shape
+    if list(labels.shape) not in (shape, [*shape, 1]):
+        raise ValueError(
+            f"labels must have the shape of the logits without the classes, {logits_shape[:-1]}, "
+            f"got labels of shape {labels.shape} for logits of shape {logits_shape}"
+        )
+    # Narrow integers could not be compared with the number of classes.
+    wide = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
+    return wide.reshape(logits_shape[:-1])
+
+
 def class_ids(
     labels: ArrayLike, weights: ArrayLike, logits_shape: tuple[int, ...], ignore_index: int | None
 ) -> tuple[Array, Array]:
@@ -80,23 +96,13 @@ def class_ids(
     A label that is ignored, or impossible and absent, becomes class 0 with a constant weight of
     zero. So whatever label is impossible now does count.
     """
-    labels = as_array("labels", labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels must be integers, got dtype {labels.dtype}")
-    *shape, classes = logits_shape
-    if list(labels.shape) not in (shape, [*shape, 1]):
-        raise ValueError(
-            f"labels must have the shape of the logits without the classes, {logits_shape[:-1]}, "
-            f"got labels of shape {labels.shape} for logits of shape {logits_shape}"
-        )
-    limits = jnp.iinfo(labels.dtype)
+    given = as_array("labels", labels).dtype
+    labels = as_class_ids(labels, logits_shape)
+    limits, classes = jnp.iinfo(given), logits_shape[-1]
     if ignore_index is not None and not (
         limits.min <= check_integer("ignore_index", ignore_index) <= limits.max
     ):
-        raise ValueError(f"ignore_index must be a value of {labels.dtype}, got {ignore_index}")
-    # Narrow integers could not be compared with the number of classes.
-    labels = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
-    labels = labels.reshape(logits_shape[:-1])
+        raise ValueError(f"ignore_index must be a value of {given}, got {ignore_index}")
     weights = align(as_array("weights", weights), labels.shape)
     absent = ~is_class(labels, classes) & ~weights.astype(bool)
     if ignore_index is not None:

@@ -41,6 +41,7 @@ class Layout:
         classes: The axes of the mesh that shard the classes.
         mesh: The mesh; None if an array's sharding is not known, or there is none.
         mapped: The axes of the mesh that are this layout's to use.
+        is_local: Whether an array's shape is that of one device's part, when a device computes.
     """
 
     tokens: tuple[Names, ...]
@@ -48,6 +49,7 @@ class Layout:
     classes: Names = ()
     mesh: Any = None
     mapped: Names = ()
+    is_local: bool = True
 
     @property
     def token_axes(self) -> Names:
@@ -265,8 +267,13 @@ def plan_layout(
         classes, tokens = axis_names(class_axis_name), axis_names(axis_name)
         gathered = tuple(name for name in classes if name in tokens)
         is_checked = bool(varying_axes(hidden) | varying_axes(kernel))
-        unknown = ((),) * (hidden.ndim - 1)
-        return MappedLayout(unknown, classes=classes, gathered=gathered, is_checked=is_checked)
+        return MappedLayout(
+            ((),) * (hidden.ndim - 1),
+            classes=classes,
+            is_local=not (mesh.empty or _not_manual(mesh)),
+            gathered=gathered,
+            is_checked=is_checked,
+        )
     if class_axis_name is not None:
         raise ValueError(
             f"class_axis_name is for axes of the caller's own shard_map; where in_specs or an "

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike
 from jaxlosses._blocks import BlockSize, check_block_size
 from jaxlosses._kernel import reduce_losses
 from jaxlosses._labels import (
+    as_class_ids,
     class_ids,
     is_class,
     nan_if_impossible,
@@ -184,10 +185,10 @@ class LogProbs:
         is_top: Whether no class has a larger logit than the label; its mean is the accuracy.
     """
 
-    label: ArrayLike
-    entropy: ArrayLike
-    log_partition: ArrayLike
-    is_top: ArrayLike
+    label: Array
+    entropy: Array
+    log_partition: Array
+    is_top: Array
 
 
 @with_wide_labels
@@ -217,8 +218,7 @@ def linear_log_probs(
     There are no weights here: give them to what you compute from the results. Of a token that is
     absent the numbers are unspecified, and its gradient is nothing if its cotangent is zero, even
     if it holds NaN; select them with ``jnp.where`` and do not multiply by zero, or call a loss of
-    this package, which does so. A label outside of ``[0, classes)`` has the log-probability NaN,
-    which is reported by ``checkify.checkify``.
+    this package, which does so. A label outside of ``[0, classes)`` has the log-probability NaN.
 
     Args:
         hidden: Real numbers ``[batch, d1, ..., dN, features]``.
@@ -257,7 +257,7 @@ def linear_log_probs(
         hidden,
         kernel,
         labels,
-        1.0,
+        None,
         bias=bias,
         logit_soft_cap=logit_soft_cap,
         ignore_index=None,
@@ -315,7 +315,7 @@ def _last_layer(
     hidden: ArrayLike,
     kernel: ArrayLike,
     labels: ArrayLike,
-    weights: ArrayLike,
+    weights: ArrayLike | None,
     *,
     bias: ArrayLike | None,
     logit_soft_cap: float | None,
@@ -325,7 +325,7 @@ def _last_layer(
     class_axis_name: AxisName,
     in_specs: InSpecs,
 ) -> tuple[Layer, _Inputs]:
-    """The layer and its arrays, checked."""
+    """The layer and its arrays, checked; without weights no label is called impossible."""
     hidden, kernel = as_array("hidden", hidden), as_array("kernel", kernel)
     if kernel.ndim != 2 or hidden.shape[-1:] != kernel.shape[:1] or kernel.shape[1] == 0:
         raise ValueError(
@@ -347,7 +347,11 @@ def _last_layer(
         # Outside of these limits, logits divided by the cap would underflow or overflow.
         logit_soft_cap = check_number("logit_soft_cap", logit_soft_cap, 1e-30, 1e30)
     classes = kernel.shape[1] * num_shards(class_axis_name)
-    labels, weights = class_ids(labels, weights, (*hidden.shape[:-1], classes), ignore_index)
+    shape = (*hidden.shape[:-1], classes)
+    if weights is None:
+        labels, weights = as_class_ids(labels, shape), jnp.ones((), jnp.float32)
+    else:
+        labels, weights = class_ids(labels, weights, shape, ignore_index)
     if precision(hidden, kernel, bias, weights=weights) == jnp.float64:
         # All of it is cast, because one of them may be all that asks for it.
         hidden, kernel, bias = (x.astype(jnp.float64) for x in (hidden, kernel, bias))

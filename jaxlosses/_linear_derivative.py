@@ -162,15 +162,20 @@ def _linear_jvp_jvp(primals: Any, tangents: Any, **params: Any) -> Any:
     return jax.jvp(functools.partial(_mapped_jvp, **params), list(primals), tangents)
 
 
-def _linear_jvp_transpose(cotangents: Any, *arrays: Any, **params: Any) -> list[Any]:
+def _linear_jvp_transpose(cotangents: Any, *arrays: Any, layer: Layer, **params: Any) -> list[Any]:
     residuals, _ = split(arrays)
+    if layer.needs_expected and isinstance(cotangents[-1], ad.Zero):
+        # Nobody asks for the gradient of the entropy.
+        layer = dataclasses.replace(layer, needs_expected=False)
+        cotangents = cotangents[:-1]
     cotangents = [ad.instantiate_zeros(c) for c in cotangents]
     # Of a masked token nobody may ask, or the trouble is real.
     is_asked = functools.reduce(jnp.logical_or, [c != 0 for c in cotangents])
     log_sum_exp = residuals.log_sum_exp_shifted
     log_sum_exp = jnp.where(residuals.is_masked & is_asked, jnp.nan, log_sum_exp)
     residuals = residuals._replace(log_sum_exp_shifted=log_sum_exp)
-    return [None] * len(residuals) + _mapped_transpose(residuals, cotangents, **params)
+    gradients = _mapped_transpose(residuals, cotangents, layer=layer, **params)
+    return [None] * len(residuals) + gradients
 
 
 # A primitive, because JAX's own transpose of the loop would add a gradient as large as the kernel

@@ -270,7 +270,8 @@ def _devices(
         # A CPU gains nothing by bfloat16, and XLA lacks this product for some shapes there.
         dtype = jnp.bfloat16 if in_bfloat16 and platform != "cpu" else None
         sizes = tuple(tokens), features, classes, shards, layer.block_size, platform
-        plan = plan_blocks(*sizes, jnp.dtype(precision(hidden, kernel)).itemsize)
+        itemsize, is_local = jnp.dtype(precision(hidden, kernel)).itemsize, layer.layout.is_local
+        plan = plan_blocks(*sizes, itemsize, may_cut_tokens=is_local)
         is_gathered = shards > 1 or bool(layer.layout.features)
         if is_transpose and platform == "tpu" and plan.side == "tokens" and not is_gathered:
             # The kernel's gradient is rewritten for every block, so longer blocks are better. There
