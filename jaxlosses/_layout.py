@@ -290,8 +290,9 @@ def plan_layout(
         size = mesh.shape[name]
         fitting = [i for i, n in enumerate(sizes) if is_integer(n) and n % size == 0]
         if fitting:
-            # An axis that is not sharded yet, if there is one.
-            i = min(fitting, key=lambda i: (bool(tokens[i]), i))
+            # An axis that is not sharded yet, if there is one. Not the first one if possible: the
+            # caller's shard_map may shard it, and JAX 0.8 cannot mix both kinds on one axis.
+            i = max(fitting, key=lambda i: (not tokens[i], i))
             tokens[i], sizes[i] = (*tokens[i], name), sizes[i] // size
     kept = tuple(name for name in features if any(name in names for names in tokens))
     return Layout(tuple(tokens), kept, classes, mesh, mapped)

@@ -257,7 +257,8 @@ def linear_log_probs(
         hidden,
         kernel,
         labels,
-        None,
+        1.0,
+        checks_labels=False,
         bias=bias,
         logit_soft_cap=logit_soft_cap,
         ignore_index=None,
@@ -315,8 +316,9 @@ def _last_layer(
     hidden: ArrayLike,
     kernel: ArrayLike,
     labels: ArrayLike,
-    weights: ArrayLike | None,
+    weights: ArrayLike,
     *,
+    checks_labels: bool = True,
     bias: ArrayLike | None,
     logit_soft_cap: float | None,
     ignore_index: int | None,
@@ -325,7 +327,7 @@ def _last_layer(
     class_axis_name: AxisName,
     in_specs: InSpecs,
 ) -> tuple[Layer, _Inputs]:
-    """The layer and its arrays, checked; without weights no label is called impossible."""
+    """The layer and its arrays, checked; of the labels only shape and dtype where asked so."""
     hidden, kernel = as_array("hidden", hidden), as_array("kernel", kernel)
     if kernel.ndim != 2 or hidden.shape[-1:] != kernel.shape[:1] or kernel.shape[1] == 0:
         raise ValueError(
@@ -348,10 +350,10 @@ def _last_layer(
         logit_soft_cap = check_number("logit_soft_cap", logit_soft_cap, 1e-30, 1e30)
     classes = kernel.shape[1] * num_shards(class_axis_name)
     shape = (*hidden.shape[:-1], classes)
-    if weights is None:
-        labels, weights = as_class_ids(labels, shape), jnp.ones((), jnp.float32)
-    else:
+    if checks_labels:
         labels, weights = class_ids(labels, weights, shape, ignore_index)
+    else:
+        labels, weights = as_class_ids(labels, shape), jnp.ones((), jnp.float32)
     if precision(hidden, kernel, bias, weights=weights) == jnp.float64:
         # All of it is cast, because one of them may be all that asks for it.
         hidden, kernel, bias = (x.astype(jnp.float64) for x in (hidden, kernel, bias))

@@ -300,12 +300,11 @@ def _for_each_platform(
     return lax.platform_dependent(hidden, kernel, *rest, **ways)
 
 
-def linear_sums(layer: Layer, *arrays: Array) -> Sums:
-    """The sums over all classes, from hidden, kernel, bias and labels."""
+def linear_sums(layer: Layer, *arrays: Array) -> list[Array]:
+    """The sums over all classes (:class:`Sums`), from hidden, kernel, bias and labels."""
     run = functools.partial(_for_each_platform, _sums_loop, layer)
     kinds: Sequence[Kind] = ("hidden", "kernel", "bias", "tokens")
-    found = layer.layout.on_devices(run, arrays, kinds, _tokens(layer.num_statistics))
-    return Sums(*layer.named(found))
+    return layer.layout.on_devices(run, arrays, kinds, _tokens(layer.num_statistics))
 
 
 def _sums_loop(device: _Device, *arrays: Array) -> list[Array]:
