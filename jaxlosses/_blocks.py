@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from jax import Array, lax
 
-from jaxlosses._typing import is_integer, precision
+from jaxlosses._typing import is_integer
+from jaxlosses._typing import precision as precision_of
 
 T = TypeVar("T")
 BlockSize: TypeAlias = int | tuple[int, None] | None
@@ -182,13 +183,21 @@ def _near(size: int, wanted: int, side: Side, features: int, multiple: int, shar
 
 
 def matmul(
-    x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int], dtype: Any = None
+    x: Array,
+    y: Array,
+    x_axes: Sequence[int],
+    y_axes: Sequence[int],
+    *,
+    dtype: Any = None,
+    precision: Any = None,
 ) -> Array:
     """The sum of products over some axes of ``x`` and of ``y``, in float32 at least.
 
-    Both are multiplied in ``dtype``, or in their own dtype, or where they differ in float32.
+    Both are multiplied in ``dtype``, or in their own dtype, or where they differ in float32; as
+    exactly as ``precision`` says, which is one of JAX.
     """
-    wide = precision(x, y)
+    wide = precision_of(x, y)
     common = dtype or (x.dtype if x.dtype == y.dtype else wide)
-    axes = ((x_axes, y_axes), ((), ()))
-    return lax.dot_general(x.astype(common), y.astype(common), axes, preferred_element_type=wide)
+    axes, options = ((x_axes, y_axes), ((), ())), {"preferred_element_type": wide}
+    x, y = x.astype(common), y.astype(common)
+    return lax.dot_general(x, y, axes, precision=precision, **options)

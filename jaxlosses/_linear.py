@@ -359,5 +359,8 @@ def _last_layer(
         hidden, kernel, bias = (x.astype(jnp.float64) for x in (hidden, kernel, bias))
     layout = plan_layout(hidden, kernel, in_specs, axis_name, class_axis_name)
     block_size = check_block_size(block_size)
-    layer = Layer(layout, classes, block_size, logit_soft_cap, has_bias=has_bias)
+    config: Any = jax.config
+    asked = config.jax_default_matmul_precision
+    options = {"has_bias": has_bias, "matmul_precision": asked}
+    layer = Layer(layout, classes, block_size, logit_soft_cap, **options)
     return layer, _Inputs(hidden, kernel, bias, labels, weights)

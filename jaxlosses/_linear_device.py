@@ -101,6 +101,7 @@ class Layer:
         needs_expected: Whether the expected logit is a statistic.
         masks_all_absent: Whether all tokens that are not present are masked, not only those whose
             numbers are not finite.
+        matmul_precision: The ``jax.default_matmul_precision`` where the caller called.
     """
 
     layout: Layout
@@ -112,6 +113,7 @@ class Layer:
     needs_mean: bool = False
     needs_expected: bool = False
     masks_all_absent: bool = False
+    matmul_precision: Any = None
 
     @property
     def num_statistics(self) -> int:
@@ -232,9 +234,14 @@ class _Device:
         kernel = kernel if self.dtype is None else kernel.astype(self.dtype)
         return self.layout.gather(kernel, 1 - self.classes_axis, self.classes_axis)
 
+    def matmul(self, x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int]) -> Array:
+        """The sum of products over some axes, in float32 at least."""
+        options = {"dtype": self.dtype, "precision": self.layer.matmul_precision}
+        return matmul(x, y, x_axes, y_axes, **options)
+
     def logits(self, block: BlockSlice, hidden: Array, kernel: Array, bias: Array) -> Array:
         """The products and the bias, from hidden and kernel of a block and the prepared bias."""
-        x = matmul(hidden, kernel, [hidden.ndim - 1], [1 - self.classes_axis], self.dtype)
+        x = self.matmul(hidden, kernel, [hidden.ndim - 1], [1 - self.classes_axis])
         if not self.layer.has_bias:
             return x
         bias = block.take("classes", bias).reshape(-1).astype(x.dtype)
@@ -262,8 +269,7 @@ def _devices(
     classes, shards = kernel.shape[1], layer.layout.num_gathered
     bfloat16, float32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
     dtypes = {hidden.dtype, kernel.dtype}
-    config: Any = jax.config
-    is_asked = config.jax_default_matmul_precision not in (None, "default", "bfloat16", "fastest")
+    is_asked = layer.matmul_precision not in (None, "default", "bfloat16", "fastest")
     in_bfloat16 = dtypes == {bfloat16} or (dtypes == {bfloat16, float32} and not is_asked)
     devices: dict[Platform, _Device] = {}
     for platform in PLATFORMS:
@@ -414,7 +420,7 @@ def _transpose_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list
     given, _ = split(arrays)
     residuals, cotangents = split(vary_alike(*arrays))
     layer, layout, axis = device.layer, device.layout, device.classes_axis
-    cut_side, dtype = device.plan.side, device.dtype
+    cut_side = device.plan.side
     kernel, bias = device.prepare(residuals.kernel, residuals.bias)
     whole_hidden = hidden_transposed = None
     if cut_side == "classes":
@@ -451,15 +457,15 @@ def _transpose_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list
         last = cotangent.ndim - 1
         tokens = list(range(last))
         parts = {"bias": jnp.sum(cotangent, tokens).reshape(layout.num_gathered, -1)}
-        cotangent = cotangent if dtype is None else cotangent.astype(dtype)
-        parts["hidden"] = matmul(cotangent, k, [last], [axis], dtype)
+        cotangent = cotangent if device.dtype is None else cotangent.astype(device.dtype)
+        parts["hidden"] = device.matmul(cotangent, k, [last], [axis])
         if axis == 0:
-            parts["kernel"] = matmul(cotangent, h, tokens, tokens, dtype)
+            parts["kernel"] = device.matmul(cotangent, h, tokens, tokens)
         elif hidden_transposed is None:
-            parts["kernel"] = matmul(h, cotangent, tokens, tokens, dtype)
+            parts["kernel"] = device.matmul(h, cotangent, tokens, tokens)
         else:
             of_hidden = [t + 1 for t in tokens]
-            parts["kernel"] = matmul(hidden_transposed, cotangent, of_hidden, tokens, dtype)
+            parts["kernel"] = device.matmul(hidden_transposed, cotangent, of_hidden, tokens)
         added = {}
         for name, so_far in carry.items():
             part = parts[name]

@@ -429,11 +429,22 @@ def test_gradients_in_bfloat16_work_on_a_cpu_for_any_shape():
 
 
 def test_matmul_precision_is_respected():
+    """That of the place where the loss is called, not of the one where it is compiled."""
     hidden, kernel, *_, labels = draw()
+
     for precision in ("DEFAULT", "HIGHEST"):
-        with jax.default_matmul_precision(precision.lower()):
-            text = str(jax.make_jaxpr(jax.grad(linear, (0, 1)))(hidden, kernel, labels))
-        assert set(re.findall(r"precision=\(?Precision\.(\w+)", text)) == {precision}
+
+        def loss(hidden, kernel, precision=precision):
+            with jax.default_matmul_precision(precision.lower()):
+                return linear(hidden, kernel, labels)
+
+        def derivatives(*floats, loss=loss):
+            return jax.value_and_grad(loss, (0, 1))(*floats), jax.jvp(loss, floats, floats)
+
+        text = jax.jit(derivatives).lower(hidden, kernel).as_text()
+        found = re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", text)
+        assert len(found) >= 5
+        assert set(found) == {(precision, precision)}
 
 
 def test_bfloat16_and_float32_are_multiplied_in_bfloat16_unless_more_is_asked_for():
