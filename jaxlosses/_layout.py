@@ -241,9 +241,16 @@ class MappedLayout(Layout):
 
 
 def plan_layout(
-    hidden: Array, kernel: Array, in_specs: InSpecs, axis_name: AxisName, class_axis_name: AxisName
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    in_specs: InSpecs,
+    axis_name: AxisName,
+    class_axis_name: AxisName,
 ) -> Layout:
     """The layout that ``in_specs`` says, that an Explicit mesh shows, or of the caller's map.
+
+    There, tokens are sharded over ``axis_name`` and over axes over which labels are known to vary.
 
     Axes of the mesh that shard features, and no tokens or classes, shard tokens instead, if the
     number of tokens can be divided by them: else these devices would do the same work.
@@ -264,8 +271,9 @@ def plan_layout(
         *tokens, of_features = _spec(hidden)
         features, classes = _spec(kernel)
     else:
-        classes, tokens = axis_names(class_axis_name), axis_names(axis_name)
-        gathered = tuple(name for name in classes if name in tokens)
+        classes = axis_names(class_axis_name)
+        sharding_tokens = {*axis_names(axis_name), *varying_axes(labels)}
+        gathered = tuple(name for name in classes if name in sharding_tokens)
         is_checked = bool(varying_axes(hidden) | varying_axes(kernel))
         return MappedLayout(
             ((),) * (hidden.ndim - 1),

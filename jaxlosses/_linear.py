@@ -75,16 +75,16 @@ def linear_softmax_cross_entropy(
 
     An Explicit mesh shows it. In a ``shard_map`` of your own, ``axis_name`` is for the tokens and
     ``class_axis_name`` for classes of which each device has a shard; labels are among all classes.
-    An axis in both shards tokens and classes (FSDP). Then each device needs only its own tokens and
-    one block of the kernel's shards, which it gathers.
+    An axis in both shards tokens and classes (FSDP). Each device needs only its own tokens, its own
+    classes and one block of the others' classes, which it gathers.
 
     The logits are computed block by block, in float32 at least, and once more for the derivative,
     so that a gradient takes four matrix products instead of three. Temporary memory on each device
     holds one block and, in float32, the gradient with respect to ``hidden`` or to ``kernel``,
-    whichever is smaller: a block is some of the classes if a device has at least as many classes as
-    tokens, else some of the tokens. Its size suits the machine: about 8 MB of logits on a CPU, 64
-    on a TPU, 256 on a GPU. Where the number of tokens is symbolic (in ``jax.export``) it is some of
-    the classes, whose number must be fixed.
+    whichever is smaller: a block is some of the classes, or if a device has more tokens than
+    classes, some of the tokens. Its size suits the machine: about 8 MB of logits on a CPU, 64 on a
+    TPU, 256 on a GPU. Where it is not known how arrays are sharded, and where the number of tokens
+    is symbolic (in ``jax.export``), it is some of the classes, whose number must be fixed.
 
     **Precision.** Products are of ``hidden``'s and ``kernel``'s own dtype and sums are float32, as
     ``jax.default_matmul_precision`` says. Where one is bfloat16 and the other one float32 (Flax's
@@ -228,8 +228,10 @@ def linear_log_probs(
         temperature: The $\tau$ above, from 1e-30 to 1e30.
         logit_soft_cap: The $a$ above, from 1e-30 to 1e30.
         block_size: How many classes a block has, or ``(tokens, None)``: about how many tokens.
-        class_axis_name: Mapped axes (of ``shard_map``) over whose members the classes are sharded.
-        in_specs: How hidden and kernel are sharded on an Auto mesh: two ``PartitionSpec``.
+        class_axis_name: Mapped axes over whose members the classes are sharded, in order. Members
+            that have the same tokens must have the same labels and, as ``shard_map`` checks with
+            ``check_vma``, know it; without that check all members must have the same tokens.
+        in_specs: How ``hidden`` and ``kernel`` are sharded: two ``PartitionSpec``.
 
     Returns:
         ``LogProbs(label, entropy, log_partition, is_top)``, arrays of the labels' shape, float32 at
@@ -357,7 +359,7 @@ def _last_layer(
     if precision(hidden, kernel, bias, weights=weights) == jnp.float64:
         # All of it is cast, because one of them may be all that asks for it.
         hidden, kernel, bias = (x.astype(jnp.float64) for x in (hidden, kernel, bias))
-    layout = plan_layout(hidden, kernel, in_specs, axis_name, class_axis_name)
+    layout = plan_layout(hidden, kernel, labels, in_specs, axis_name, class_axis_name)
     block_size = check_block_size(block_size)
     config: Any = jax.config
     asked = config.jax_default_matmul_precision

@@ -348,6 +348,36 @@ def test_log_probs_of_shards_are_those_of_all_logits(layout):
         )
 
 
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_log_probs_in_shard_map_are_those_of_all_logits(axis):
+    """Where an axis shards tokens and classes, JAX knows that labels vary over it."""
+    hidden, kernel, bias, _, labels = draw((8, 2), 4, 16)
+    rows, classes = PartitionSpec("data"), PartitionSpec(axis)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def inside(hidden, kernel, bias, labels):
+        found = jl.linear_log_probs(hidden, kernel, labels, bias=bias, class_axis_name=axis)
+        return found.label, found.entropy, found.log_partition
+
+    in_specs = (rows, PartitionSpec(None, axis), classes, rows)
+    mapped = jax.shard_map(inside, mesh=mesh, in_specs=in_specs, out_specs=(rows,) * 3)
+
+    def plain(hidden, kernel, bias, labels):
+        found = log_probs_of_logits(hidden, kernel, labels, bias=bias)
+        return found.label, found.entropy, found.log_partition
+
+    def program(function):
+        def total(*floats):
+            label, entropy, log_partition = function(*floats, labels)
+            return jnp.sum(label * jnp.cos(entropy) + jnp.square(log_partition))
+
+        floats = hidden, kernel, bias
+        return function(*floats, labels), jax.grad(total, (0, 1, 2))(*floats)
+
+    found, expected = (jax.jit(program, static_argnums=0)(f) for f in (mapped, plain))
+    close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_log_probs_of_ruled_out_classes_are_finite():
     hidden, kernel, bias, _, labels = draw()
     bias = bias.at[jnp.array([0, 1, 2, 3, 9])].set(-jnp.inf)
