@@ -55,7 +55,7 @@ from jaxlosses._classification import (
     sparse_softmax_cross_entropy,
 )
 from jaxlosses._collector import LossCollector
-from jaxlosses._linear import linear_softmax_cross_entropy
+from jaxlosses._linear import LogProbs, linear_log_probs, linear_softmax_cross_entropy
 from jaxlosses._mean import WeightedMean
 from jaxlosses._regression import (
     absolute_difference,
@@ -71,6 +71,7 @@ from jaxlosses._weighted import weighted
 __version__ = _version("jaxlosses")
 
 __all__ = [
+    "LogProbs",
     "LossCollector",
     "WeightedMean",
     "absolute_difference",
@@ -80,6 +81,7 @@ __all__ = [
     "hinge_loss",
     "l1_regularizer",
     "l2_regularizer",
+    "linear_log_probs",
     "linear_softmax_cross_entropy",
     "log_loss",
     "mean_pairwise_squared_error",

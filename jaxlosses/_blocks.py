@@ -1,7 +1,7 @@
 """How the product of a last layer, ``hidden @ kernel``, is cut into blocks.
 
 A block is some of the tokens with all classes, or some of the classes with all tokens. Nothing here
-knows a loss.
+knows a loss or a mesh: tokens and classes are those that one device has.
 """
 
 from __future__ import annotations
@@ -9,36 +9,44 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
-import jax
-import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, PartitionSpec
 
-from jaxlosses._typing import is_integer, precision
+from jaxlosses._typing import is_integer
+from jaxlosses._typing import precision as precision_of
 
 T = TypeVar("T")
 BlockSize: TypeAlias = int | tuple[int, None] | None
 Side = Literal["tokens", "classes"]
+Platform = Literal["cpu", "tpu", "default"]
+PLATFORMS: tuple[Platform, ...] = get_args(Platform)
 
-_BLOCK_BYTES = 2**23  # The logits of one block, so that they stay in a CPU's cache.
+# What the logits of one block take in memory, in bytes. On a CPU they stay in the cache. The others
+# have fast products, for which a small block has too little to do; "default" is a GPU.
+_BLOCK_BYTES: dict[Platform, int] = {"cpu": 2**23, "tpu": 2**26, "default": 2**28}
+# Sizes that are a multiple of these fit the units that multiply.
+_MULTIPLES: dict[Platform, int] = {"cpu": 1, "tpu": 128, "default": 8}
 # In a smaller block, reading hidden and kernel takes longer than multiplying them.
-_FEWEST_TOKENS, _FEWEST_CLASSES = 256, 1024
+_FEWEST: dict[Side, int] = {"tokens": 256, "classes": 1024}
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockPlan:
     """How an axis of tokens or of classes is cut into blocks.
 
-    The axis is split into ``segments`` of equal size, and a block takes ``length`` places of every
-    segment: there are ``count`` such blocks, and a shorter one of the ``rest``. An axis that is
-    sharded over as many devices as there are segments, or a divisor of that, stays so in a block.
+    There are ``count`` blocks of ``length`` places, and a shorter one of the ``rest``.
+
+    Attributes:
+        side: Which side is cut.
+        axis: Which of the tokens' axes is cut, if the side is that of the tokens.
+        length: How many places of that axis a block has.
+        count: How many blocks have this length.
+        rest: How many places are left for a shorter last block.
     """
 
     side: Side
     axis: int
-    segments: int
     length: int
     count: int
     rest: int
@@ -54,149 +62,142 @@ class BlockPlan:
             return carry
         return step(BlockSlice(self, self.count * self.length, self.rest), carry)
 
-    def with_batch_axis(self) -> BlockPlan:
-        """The plan for arrays of tokens that have one more axis in front."""
-        return dataclasses.replace(self, axis=self.axis + 1) if self.side == "tokens" else self
-
 
 @dataclasses.dataclass(frozen=True)
 class BlockSlice:
-    """One block of a plan: ``length`` places of each segment, from ``start`` on.
+    """One block of a plan: ``length`` places of the axis that is cut, from ``start`` on.
 
-    Its methods say of an array which side it has: ``"tokens"``, where the tokens' axes come first,
-    or ``"classes"``, where the classes are the last axis. An array without the side that is cut is
-    whole in every block.
+    Its methods say of an array which side it has. For an array of classes they say also which of
+    its axes is that of the classes; in an array of tokens, the tokens' axes come first. An array
+    without the side that is cut is whole in every block.
     """
 
     plan: BlockPlan
     start: Any
     length: int
 
-    def take(self, side: Side, x: Array) -> Array:
+    def take(self, side: Side, x: Array, axis: int = -1) -> Array:
         """The block's part of an array."""
         if side != self.plan.side:
             return x
-        axis, split = self._split(x)
-        part = lax.dynamic_slice_in_dim(split, self.start, self.length, axis + 1)
-        length = self.plan.segments * self.length
-        return part.reshape(*x.shape[:axis], length, *x.shape[axis + 1 :])
+        return lax.dynamic_slice_in_dim(x, self.start, self.length, self._axis(side, x, axis))
 
-    def put(self, side: Side, x: Array, part: Array) -> Array:
+    def put(self, side: Side, x: Array, part: Array, axis: int = -1) -> Array:
         """``x`` with the block's part replaced by ``part``."""
         part = part.astype(x.dtype)
         if side != self.plan.side:
             return part
-        axis, split = self._split(x)
-        part = part.reshape(*split.shape[: axis + 1], self.length, *split.shape[axis + 2 :])
-        return lax.dynamic_update_slice_in_dim(split, part, self.start, axis + 1).reshape(x.shape)
+        return lax.dynamic_update_slice_in_dim(x, part, self.start, self._axis(side, x, axis))
 
-    def add(self, side: Side, x: Array, part: Array) -> Array:
+    def add(self, side: Side, x: Array, part: Array, axis: int = -1) -> Array:
         """``x``, a sum that starts at 0, with this block's ``part`` added.
 
         Where ``x`` has the side that is cut, no other block adds to that part, so it is put there.
         """
-        return self.put(side, x, part if side == self.plan.side else x + part.astype(x.dtype))
+        is_cut = side == self.plan.side
+        return self.put(side, x, part if is_cut else x + part.astype(x.dtype), axis)
 
-    def indices(self, side: Side, size: int) -> Array:
-        """The block's indices along an axis of some size, which has one segment if it is cut."""
-        if side != self.plan.side:
-            return jnp.arange(size)
-        return self.start + jnp.arange(self.length)
-
-    def _split(self, x: Array) -> tuple[int, Array]:
-        """The axis that is cut, and ``x`` with two in its place: segments, and places in them."""
-        axis, segments = self.plan.axis % x.ndim, self.plan.segments
-        size = x.shape[axis] // segments
-        return axis, x.reshape(*x.shape[:axis], segments, size, *x.shape[axis + 1 :])
+    def _axis(self, side: Side, x: Array, axis: int) -> int:
+        return self.plan.axis if side == "tokens" else axis % x.ndim
 
 
-def plan_blocks(hidden: Array, kernel: Array, block_size: BlockSize) -> BlockPlan:
-    """Blocks of the size that was asked for, or of ``_BLOCK_BYTES`` of logits on each device.
-
-    The classes are cut, or the tokens where that was asked for or the classes are sharded. If the
-    number of tokens is symbolic (in ``jax.export``), always the classes, whose number is fixed.
+def check_block_size(block_size: BlockSize) -> BlockSize:
+    """``block_size``, if it says how many classes or how many tokens a block has.
 
     Raises:
-        ValueError: if ``block_size`` is not a positive integer, ``(tokens, None)`` or None, or if
-            the number of classes is symbolic.
+        ValueError: if it is not a positive integer, ``(tokens, None)`` or None.
     """
-    rows = columns = None
-    if isinstance(block_size, tuple) and len(block_size) == 2 and block_size[1] is None:
-        rows = _check_size(block_size, block_size[0])
-    elif block_size is not None:
-        columns = _check_size(block_size, block_size)
-    sizes, classes = hidden.shape[:-1] or (1,), kernel.shape[1]
-    shards = [_num_shards(hidden, i) for i in range(hidden.ndim - 1)] or [1]
-    tokens, class_shards = math.prod(sizes), _num_shards(kernel, 1)
-    if not is_integer(classes):
-        raise ValueError(
-            f"kernel must have a fixed number of classes, only the number of tokens may be "
-            f"symbolic; got shape {kernel.shape}"
-        )
-    if not is_integer(tokens):
-        rows, columns = None, columns or _FEWEST_CLASSES
-    elif block_size is None:
-        bytes_of_all = _BLOCK_BYTES * math.prod(shards) * class_shards
-        logits = bytes_of_all // jnp.dtype(precision(hidden, kernel)).itemsize
-        if class_shards > 1:
-            rows = max(logits // classes, _FEWEST_TOKENS)
-        else:
-            columns = max(logits // max(tokens, 1), _FEWEST_CLASSES)
-    if rows is None or not tokens or hidden.ndim == 1:
-        columns = min(columns or classes, classes)
-        return BlockPlan("classes", -1, 1, columns, *divmod(classes, columns))
-    # Cut the longest axis of tokens, of those that are not sharded if there is one.
-    axis = max(range(len(sizes)), key=lambda i: (shards[i] == 1, sizes[i]))
-    length = min(max(rows * sizes[axis] // tokens, 1), sizes[axis])
-    segments = math.gcd(sizes[axis], length)
-    length //= segments
-    return BlockPlan("tokens", axis, segments, length, *divmod(sizes[axis] // segments, length))
-
-
-def _check_size(block_size: BlockSize, number: Any) -> int:
-    """``number``, a part of ``block_size``, if it is a positive integer."""
-    if not is_integer(number) or number < 1:
+    of_tokens = isinstance(block_size, tuple) and block_size[1:] == (None,)
+    number: Any = block_size[0] if isinstance(block_size, tuple) and of_tokens else block_size
+    if (number is not None and (not is_integer(number) or number < 1)) or (
+        number is None and of_tokens
+    ):
         raise ValueError(
             f"block_size must be a positive number of classes, or (tokens, None) with a positive "
             f"number of tokens, got {block_size!r}"
         )
-    return int(number)
+    return block_size
 
 
-def _num_shards(x: Array, axis: int) -> int:
-    """Over how many devices an axis is sharded, 1 if JAX does not know it (on an Auto mesh)."""
-    sharding = jax.typeof(x).sharding
-    names = sharding.spec[axis] or ()
-    return math.prod(sharding.mesh.shape[n] for n in (names if type(names) is tuple else [names]))
+def plan_blocks(
+    tokens: Sequence[int],
+    features: int,
+    part: int,
+    shards: int,
+    block_size: BlockSize,
+    platform: Platform,
+    itemsize: int,
+    *,
+    may_cut_tokens: bool = True,
+) -> BlockPlan:
+    """Blocks of the size that was asked for, or of as many logits as suit a platform.
 
+    By default the longer one of both sides is cut, because the other side's gradient is added up
+    block by block, which takes memory and is rewritten for every block. If the number of tokens is
+    symbolic (in ``jax.export``), always the classes, whose number is fixed.
 
-def matmul(x: Array, y: Array, x_axes: Sequence[int], y_axes: Sequence[int]) -> Array:
-    """The sum of products over some axes of ``x`` and of ``y``, in float32 at least."""
-    wide = precision(x, y)
-    common = x.dtype if x.dtype == y.dtype else wide
-    axes = ((x_axes, y_axes), ((), ()))
-    return lax.dot_general(x.astype(common), y.astype(common), axes, preferred_element_type=wide)
-
-
-def auto_sharded(
-    function: Callable[..., list[Array]], arrays: Sequence[Array], specs: Sequence[PartitionSpec]
-) -> list[Array]:
-    """``function(*arrays)``, whose results are sharded as the specs say, on any mesh.
-
-    On an Explicit mesh JAX would ask how the result of every product is sharded; here XLA decides
-    it, as on an Auto mesh. It encloses no more than loops over blocks, for JAX cannot differentiate
-    a ``shard_map`` in which something is kept for the derivative from inside of ``auto_axes``.
+    Args:
+        tokens: The sizes of the tokens' axes; none if there is one token.
+        features: How many features a token has.
+        part: How many classes a part of the kernel has.
+        shards: How many such parts there are; a block takes of each part alike.
+        block_size: What was asked for.
+        platform: Which kind of machine it is for.
+        itemsize: How many bytes a logit takes.
+        may_cut_tokens: Whether tokens may be cut by default. Where it is not known how arrays are
+            sharded they must not be: most often the tokens are sharded, and a block of them would
+            be on one device.
     """
-    mesh = jax.typeof(arrays[0]).sharding.mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    # Not the other axes of the mesh: those that are manual in shard_map stay so.
-    explicit = tuple(name for name, kind in kinds if kind is AxisType.Explicit)
-    if not explicit:
-        return function(*arrays)
-    automatic: Any = jax.sharding.auto_axes(axes=explicit, out_sharding=list(specs))
-    return automatic(function)(*arrays)
+    classes, num_tokens = part * shards, math.prod(tokens)
+    is_fixed = is_integer(num_tokens)
+    logits = _BLOCK_BYTES[platform] // itemsize
+    rows = columns = None
+    if isinstance(block_size, tuple):
+        rows = block_size[0]
+    elif block_size is not None:
+        columns = -(-block_size // shards)
+    elif is_fixed and num_tokens > classes and may_cut_tokens:
+        rows = _near(num_tokens, logits // classes, "tokens", features, _MULTIPLES[platform])
+    else:
+        wanted = logits // max(num_tokens, 1) if is_fixed else 0
+        # Gathered parts lie one behind the other, so that there are few rules for their size.
+        multiple = _MULTIPLES[platform] if shards == 1 else 16
+        columns = _near(part, wanted, "classes", features, multiple, shards)
+    if rows is None or not is_fixed or not num_tokens or not tokens:
+        columns = min(columns or _FEWEST["classes"], part)
+        return BlockPlan("classes", -1, columns, *divmod(part, columns))
+    axis = max(range(len(tokens)), key=lambda i: tokens[i])
+    length = min(max(rows * tokens[axis] // num_tokens, 1), tokens[axis])
+    return BlockPlan("tokens", axis, length, *divmod(tokens[axis], length))
 
 
-def spec_of(x: Array, num_axes: int | None = None) -> PartitionSpec:
-    """How the first axes of an array, or all of them, are sharded."""
-    return PartitionSpec(*jax.typeof(x).sharding.spec[:num_axes])
+def _near(size: int, wanted: int, side: Side, features: int, multiple: int, shards: int = 1) -> int:
+    """A length of blocks near the wanted one, which cuts ``size`` without a rest if possible."""
+    # Each block rewrites sums that are as long as the features. In a shorter block these would be
+    # more numbers than its logits.
+    wanted = max(wanted, _FEWEST[side], features // 2) // shards
+    if wanted >= size:
+        return size
+    divisors = (n for n in range(wanted, wanted // 2, -1) if size % n == 0 and n % multiple == 0)
+    return next(divisors, 2 ** (max(wanted, 1).bit_length() - 1))
+
+
+def matmul(
+    x: Array,
+    y: Array,
+    x_axes: Sequence[int],
+    y_axes: Sequence[int],
+    *,
+    dtype: Any = None,
+    precision: Any = None,
+) -> Array:
+    """The sum of products over some axes of ``x`` and of ``y``, in float32 at least.
+
+    Both are multiplied in ``dtype``, or in their own dtype, or where they differ in float32; as
+    exactly as ``precision`` says, which is one of JAX.
+    """
+    wide = precision_of(x, y)
+    common = dtype or (x.dtype if x.dtype == y.dtype else wide)
+    axes, options = ((x_axes, y_axes), ((), ())), {"preferred_element_type": wide}
+    x, y = x.astype(common), y.astype(common)
+    return lax.dot_general(x, y, axes, precision=precision, **options)

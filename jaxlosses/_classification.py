@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxlosses._kernel import reduce_losses
-from jaxlosses._labels import class_ids, is_label, nan_if_impossible, with_wide_labels
+from jaxlosses._labels import (
+    class_ids,
+    is_label,
+    nan_if_impossible,
+    num_shards,
+    shard_index,
+    with_wide_labels,
+)
 from jaxlosses._logits import (
     binary_cross_entropy,
     class_losses,
@@ -18,7 +25,14 @@ from jaxlosses._logits import (
     times_logit,
     z_losses,
 )
-from jaxlosses._reduce import max_and_pick, max_of, size_of, sum_of
+from jaxlosses._reduce import (
+    max_and_pick,
+    max_of,
+    max_over_members,
+    size_of,
+    sum_of,
+    sum_over_members,
+)
 from jaxlosses._typing import (
     AxisName,
     ClassIds,
@@ -30,6 +44,7 @@ from jaxlosses._typing import (
     Result,
     Weights,
     as_floats,
+    axis_names,
     check_number,
     jit,
 )
@@ -191,6 +206,7 @@ def softmax_cross_entropy(
     z_loss: float = 0.0,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
 ) -> Result:
     r"""Cross-entropy of class logits against class probabilities, in nats.
 
@@ -212,13 +228,16 @@ def softmax_cross_entropy(
         reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
             ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
+        class_axis_name: Mapped axes (of ``shard_map``) over whose members the classes are sharded,
+            in order. Logits and labels are then a member's own classes.
 
     Returns:
         The reduced loss, float32 at least.
 
     Raises:
         ValueError: if the shapes differ, there is no class, the weights do not align,
-            ``label_smoothing`` is outside of [0, 1], or ``z_loss`` is negative.
+            ``label_smoothing`` is outside of [0, 1], ``z_loss`` is negative, or ``class_axis_name``
+            and ``axis_name`` share an axis.
 
     References:
         ``tf.contrib.losses.softmax_cross_entropy``, TensorFlow 1.15. The z-loss is from Chowdhery
@@ -232,15 +251,18 @@ def softmax_cross_entropy(
         0.6931
     """
     inputs = as_floats(logits=logits, labels=labels)
-    _check_classes(inputs[0])
+    _check_classes(inputs[0], axis_name, class_axis_name)
     label_smoothing = check_number("label_smoothing", label_smoothing, largest=1)
     z_loss = check_number("z_loss", z_loss)
 
     def formula(x: Array, y: Array) -> Array:
-        y = y * (1 - label_smoothing) + label_smoothing / size_of(x.shape[-1:], x.dtype)
-        max_logit = max_of(x, x.ndim - 1)
-        log_sum_exp_shifted = shifted_log_sum_exp(x, max_logit)
-        losses = expected_surprise(y, log_sum_exp_shifted, x, max_logit)
+        classes = size_of((*x.shape[-1:], num_shards(class_axis_name)), x.dtype)
+        y = y * (1 - label_smoothing) + label_smoothing / classes
+        max_logit = max_over_members(max_of(x, x.ndim - 1), class_axis_name)
+        log_sum_exp_shifted = shifted_log_sum_exp(x, max_logit, class_axis_name)
+        losses = sum_over_members(
+            expected_surprise(y, log_sum_exp_shifted, x, max_logit), class_axis_name
+        )
         return losses + z_losses(max_logit, log_sum_exp_shifted, z_loss) if z_loss else losses
 
     options = {"reduction": reduction, "axis_name": axis_name}
@@ -259,6 +281,7 @@ def sparse_softmax_cross_entropy(
     ignore_index: int | None = None,
     reduction: Reduction = "mean",
     axis_name: AxisName = None,
+    class_axis_name: AxisName = None,
 ) -> Result:
     r"""Cross-entropy of class logits against one class each, in nats.
 
@@ -279,6 +302,8 @@ def sparse_softmax_cross_entropy(
         reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
             ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
+        class_axis_name: Mapped axes (of ``shard_map``) over whose members the classes are sharded,
+            in order. Logits are then a member's own classes, and labels are among all classes.
 
     Returns:
         The reduced loss, float32 at least.
@@ -286,7 +311,8 @@ def sparse_softmax_cross_entropy(
     Raises:
         ValueError: if the labels are not integers of the logits' shape without the classes, there
             is no class, the weights do not align, ``label_smoothing`` is outside of [0, 1],
-            ``z_loss`` is negative, or ``ignore_index`` is no value of the labels' dtype.
+            ``z_loss`` is negative, ``ignore_index`` is no value of the labels' dtype, or
+            ``class_axis_name`` and ``axis_name`` share an axis.
 
     References:
         ``tf.contrib.losses.sparse_softmax_cross_entropy``, TensorFlow 1.15.
@@ -299,25 +325,37 @@ def sparse_softmax_cross_entropy(
         0.6931
     """
     (logits,) = as_floats(logits=logits)
-    _check_classes(logits)
+    _check_classes(logits, axis_name, class_axis_name)
     label_smoothing = check_number("label_smoothing", label_smoothing, largest=1)
     z_loss = check_number("z_loss", z_loss)
-    labels, weights = class_ids(labels, weights, logits.shape, ignore_index)
+    *shape, shard = logits.shape
+    classes = shard * num_shards(class_axis_name)
+    labels, weights = class_ids(labels, weights, (*shape, classes), ignore_index)
 
     def formula(x: Array, y: Array) -> Array:
-        max_logit, label_logit = max_and_pick(x, is_label(y, x.shape))
-        log_sum_exp_shifted = shifted_log_sum_exp(x, max_logit)
+        mask = is_label(y, x.shape, shard_index(class_axis_name) * shard)
+        max_logit, label_logit = max_and_pick(x, mask)
+        max_logit = max_over_members(max_logit, class_axis_name)
+        label_logit = sum_over_members(label_logit, class_axis_name)
+        log_sum_exp_shifted = shifted_log_sum_exp(x, max_logit, class_axis_name)
         statistics = [max_logit, log_sum_exp_shifted, shifted(label_logit, max_logit)]
         if label_smoothing:
-            total = sum_of(shifted(x, max_logit[..., None]), x.ndim - 1)
-            statistics.append(total / size_of(x.shape[-1:], x.dtype))
+            total = sum_over_members(
+                sum_of(shifted(x, max_logit[..., None]), x.ndim - 1), class_axis_name
+            )
+            statistics.append(total / size_of([classes], x.dtype))
         losses = class_losses(*statistics, label_smoothing=label_smoothing, z_loss=z_loss)
-        return nan_if_impossible(losses, y, x.shape[-1])
+        return nan_if_impossible(losses, y, classes)
 
     options = {"reduction": reduction, "axis_name": axis_name}
     return reduce_losses(formula, [logits, labels], weights, num_inner_axes=1, **options)
 
 
-def _check_classes(logits: Array) -> None:
+def _check_classes(logits: Array, axis_name: AxisName, class_axis_name: AxisName) -> None:
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits must have a last axis of classes, got shape {logits.shape}")
+    if set(axis_names(axis_name)) & set(axis_names(class_axis_name)):
+        raise ValueError(
+            f"class_axis_name must be other axes than axis_name, because members that share the "
+            f"classes of a loss must not add it up; got {class_axis_name!r} and {axis_name!r}"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -17,7 +18,14 @@ from jax.typing import ArrayLike
 
 from jaxlosses._kernel import align
 from jaxlosses._primitive import define_primitive
-from jaxlosses._typing import as_array, check_integer, check_unmasked, is_integer
+from jaxlosses._typing import (
+    AxisName,
+    as_array,
+    axis_names,
+    check_integer,
+    check_unmasked,
+    is_integer,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,6 +80,22 @@ def narrow_integers(name: str, ids: Any) -> Any:
     return np.asarray(np.clip(ids, limits.min, limits.max), narrow)
 
 
+def as_class_ids(labels: ArrayLike, logits_shape: tuple[int, ...]) -> Array:
+    """Labels of the logits' shape without the classes; ``ValueError`` if they are not."""
+    labels = as_array("labels", labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, got dtype {labels.dtype}")
+    *shape, _ = logits_shape
+    if list(labels.shape) not in (shape, [*shape, 1]):
+        raise ValueError(
+            f"labels must have the shape of the logits without the classes, {logits_shape[:-1]}, "
+            f"got labels of shape {labels.shape} for logits of shape {logits_shape}"
+        )
+    # Narrow integers could not be compared with the number of classes.
+    wide = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
+    return wide.reshape(logits_shape[:-1])
+
+
 def class_ids(
     labels: ArrayLike, weights: ArrayLike, logits_shape: tuple[int, ...], ignore_index: int | None
 ) -> tuple[Array, Array]:
@@ -80,34 +104,41 @@ def class_ids(
     A label that is ignored, or impossible and absent, becomes class 0 with a constant weight of
     zero. So whatever label is impossible now does count.
     """
-    labels = as_array("labels", labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels must be integers, got dtype {labels.dtype}")
-    *shape, classes = logits_shape
-    if list(labels.shape) not in (shape, [*shape, 1]):
-        raise ValueError(
-            f"labels must have the shape of the logits without the classes, {logits_shape[:-1]}, "
-            f"got labels of shape {labels.shape} for logits of shape {logits_shape}"
-        )
-    limits = jnp.iinfo(labels.dtype)
+    given = as_array("labels", labels).dtype
+    labels = as_class_ids(labels, logits_shape)
+    limits, classes = jnp.iinfo(given), logits_shape[-1]
     if ignore_index is not None and not (
         limits.min <= check_integer("ignore_index", ignore_index) <= limits.max
     ):
-        raise ValueError(f"ignore_index must be a value of {labels.dtype}, got {ignore_index}")
-    # Narrow integers could not be compared with the number of classes.
-    labels = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
-    labels = labels.reshape(logits_shape[:-1])
+        raise ValueError(f"ignore_index must be a value of {given}, got {ignore_index}")
     weights = align(as_array("weights", weights), labels.shape)
-    absent = ~_is_class(labels, classes) & ~weights.astype(bool)
+    absent = ~is_class(labels, classes) & ~weights.astype(bool)
     if ignore_index is not None:
         absent |= labels == jnp.asarray(ignore_index, labels.dtype)
     weights = jnp.where(absent, jnp.zeros_like(weights), weights)
     return _check(jnp.where(absent, 0, labels), weights.astype(bool), classes), weights
 
 
-def is_label(labels: Array, shape: tuple[int, ...]) -> Array:
-    """Where along the classes the label is; no index, so nothing can wrap, clamp or gather."""
-    return jax.lax.broadcasted_iota(labels.dtype, shape, len(shape) - 1) == labels[..., None]
+def is_label(labels: Array, shape: tuple[int, ...], first: Any = 0) -> Array:
+    """Where along the classes, of which this is the first, the label is.
+
+    No index, so nothing can wrap, clamp or gather.
+    """
+    ids = jax.lax.broadcasted_iota(labels.dtype, shape, len(shape) - 1)
+    return ids + jnp.asarray(first, labels.dtype) == labels[..., None]
+
+
+def num_shards(class_axis_name: AxisName) -> int:
+    """How many members of mapped axes share the classes; 1 without an axis."""
+    return math.prod(jax.lax.axis_size(name) for name in axis_names(class_axis_name))
+
+
+def shard_index(class_axis_name: AxisName) -> Any:
+    """Which shard of the classes this member of mapped axes has, the first axis outermost."""
+    index = 0
+    for name in axis_names(class_axis_name):
+        index = index * jax.lax.axis_size(name) + jax.lax.axis_index(name)
+    return index
 
 
 def nan_if_impossible(losses: Array, labels: Array, classes: int) -> Array:
@@ -115,11 +146,12 @@ def nan_if_impossible(losses: Array, labels: Array, classes: int) -> Array:
 
     A factor of NaN, unlike a selected NaN, reaches the gradient.
     """
-    factor = jnp.where(_is_class(labels, classes), 1, jnp.nan)
+    factor = jnp.where(is_class(labels, classes), 1, jnp.nan)
     return losses * factor.astype(losses.dtype)
 
 
-def _is_class(labels: Array, classes: int) -> Array:
+def is_class(labels: Array, classes: int) -> Array:
+    """Which labels are a class."""
     return (labels >= 0) & (labels < classes)
 
 
@@ -139,7 +171,7 @@ def _check(labels: Array, present: Array, classes: int) -> Array:
 
 def _wrong_labels(labels: Array, present: Array, classes: int) -> tuple[Array, Array]:
     """Whether one is wrong where it is present, and the largest of these."""
-    wrong = present & ~_is_class(labels, classes)
+    wrong = present & ~is_class(labels, classes)
     largest = jnp.max(labels, initial=jnp.iinfo(labels.dtype).min, where=wrong)
     return jnp.any(wrong), largest
 

@@ -6,12 +6,15 @@ infinity, or multiply it by 0, and so would their derivatives. Here each has its
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from jaxlosses._reduce import sum_of
+from jaxlosses._reduce import sum_of, sum_over_members
+from jaxlosses._typing import AxisName
 
 
 @jax.custom_jvp
@@ -101,24 +104,28 @@ def _replace_new_nan(result: Array, x: Array, replacement: ArrayLike) -> Array:
     return jnp.where(jnp.isnan(result) & jnp.isinf(x), replacement, result)
 
 
-@jax.custom_jvp
-def shifted_log_sum_exp(x: Array, max_logit: Array) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def shifted_log_sum_exp(x: Array, max_logit: Array, axis_name: AxisName = None) -> Array:
     """The logarithm of the sum of exponentials of the logits, less the largest logit.
 
     The two are kept apart because a loss is a difference of logits: adding the largest one first
     would round the loss to that logit's last digit. The largest one has a derivative of zero; the
-    derivative of the sum of both is right all the same.
+    derivative of the sum of both is right all the same. The sum is over the members of mapped axes
+    too, if there are any.
     """
-    return jnp.log(sum_of(jnp.exp(shifted(x, max_logit[..., None])), x.ndim - 1))
+    sum_exp = sum_of(jnp.exp(shifted(x, max_logit[..., None])), x.ndim - 1)
+    return jnp.log(sum_over_members(sum_exp, axis_name))
 
 
 @shifted_log_sum_exp.defjvp
-def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _(
+    axis_name: AxisName, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     (x, max_logit), (x_tangent, _) = primals, tangents
-    log_sum_exp_shifted = shifted_log_sum_exp(x, max_logit)
+    log_sum_exp_shifted = shifted_log_sum_exp(x, max_logit, axis_name)
     # From the logits again: to keep what the value had would take as much memory as the logits.
     softmax = jnp.exp(_log_softmax(x, max_logit[..., None], log_sum_exp_shifted[..., None]))
-    return log_sum_exp_shifted, jnp.sum(softmax * x_tangent, axis=-1)
+    return log_sum_exp_shifted, sum_over_members(jnp.sum(softmax * x_tangent, axis=-1), axis_name)
 
 
 @jax.custom_jvp

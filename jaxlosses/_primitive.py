@@ -19,7 +19,7 @@ from jax.sharding import AxisType
 def define_primitive(
     name: str,
     function: Callable[..., list[Array]],
-    shapes: Callable[..., list[Any]] | None = None,
+    shapes: Callable[..., list[Any] | None] | None = None,
     *,
     elementwise: bool = False,
 ) -> Primitive:
@@ -29,7 +29,8 @@ def define_primitive(
         name: Its name in a jaxpr.
         function: What it computes, in operations of JAX; keyword-only arguments are its params.
         shapes: ``shapes(*arrays, **params)`` returns something with the shape and the dtype of each
-            result. It saves tracing the function, where no mesh asks how the results are sharded.
+            result, or None if it cannot tell. It saves tracing the function, where no mesh asks how
+            the results are sharded.
         elementwise: All arrays have one shape and every axis is alike, so that under ``vmap`` it is
             the same primitive with one more axis. Other primitives need a batching rule.
     """
@@ -37,8 +38,10 @@ def define_primitive(
     static = [p.name for p in params if p.kind is p.KEYWORD_ONLY]
 
     def abstract(*avals: Any, **params: Any) -> Any:
-        if shapes and all(a.sharding.mesh.empty for a in avals):
-            return [ShapedArray(r.shape, r.dtype) for r in shapes(*avals, **params)]
+        no_mesh = all(a.sharding.mesh.empty for a in avals)
+        results = shapes(*avals, **params) if shapes and no_mesh else None
+        if results is not None:
+            return [ShapedArray(r.shape, r.dtype) for r in results]
         return jax.make_jaxpr(functools.partial(function, **params))(*avals).out_avals
 
     def batch(arrays: Any, axes: Any, **params: Any) -> Any:
@@ -78,3 +81,11 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     return tuple(
         a | (zero != 0) if a.dtype == bool else a + jnp.asarray(zero, a.dtype) for a in arrays
     )
+
+
+def varying_axes(x: Array) -> frozenset[Any]:
+    """The axes of ``shard_map`` over which an array varies; none where JAX does not keep track."""
+    kind: Any = jax.typeof(x)
+    # The name differs between versions of JAX.
+    found = getattr(getattr(kind, "mat", None), "varying", None) or getattr(kind, "vma", None)
+    return frozenset(found or ())

@@ -21,6 +21,7 @@ from jax.interpreters import ad, batching, mlir
 
 from jaxlosses._primitive import define_primitive, with_axis_in_front
 from jaxlosses._reduce_cpu import reduce_together
+from jaxlosses._typing import AxisName
 
 _SUMS = ("sum", "sum and count")  # The other operations are "max" and "max and pick".
 
@@ -51,6 +52,39 @@ def max_and_pick(x: Array, mask: Array) -> tuple[Array, Array]:
     """
     maximum, picked = _reduce_p.bind(x, mask, operation="max and pick", num_kept_axes=x.ndim - 1)
     return maximum, picked
+
+
+def max_over_members(x: Array, axis_name: AxisName) -> Array:
+    """The maximum over the members of mapped axes, if there are any; its derivative counts as 0."""
+    return x if axis_name is None else lax.pmax(lax.stop_gradient(x), axis_name)
+
+
+def sum_over_members(x: Array, axis_name: AxisName) -> Array:
+    """The sum over the members of mapped axes, if there are any."""
+    return x if axis_name is None else lax.psum(x, axis_name)
+
+
+def max_sum_exp_and_pick(x: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """The maximum of each row, the sum of exponentials relative to it, and the number picked.
+
+    In one reduction, which JAX does not differentiate. A GPU reads ``x`` once for it.
+    """
+
+    def scaled(total: Array, maximum: Array, of_both: Array) -> Array:
+        # Infinity less infinity would be NaN.
+        shift = lax.select(lax.eq(maximum, of_both), lax.full_like(total, 0), maximum - of_both)
+        return total * lax.exp(shift)
+
+    def join(a: Sequence[Array], b: Sequence[Array]) -> list[Array]:
+        maximum = lax.max(a[0], b[0])
+        total = lax.add(scaled(a[1], a[0], maximum), scaled(b[1], b[0], maximum))
+        return [maximum, total, lax.add(a[2], b[2])]
+
+    starts = [np.asarray(value, x.dtype) for value in (-np.inf, 0, 0)]
+    picked = lax.select(mask, x, lax.full_like(x, 0))
+    ones = lax.full_like(x, 1)
+    maximum, total, picked = lax.reduce([x, ones, picked], starts, join, (x.ndim - 1,))
+    return maximum, total, picked
 
 
 def num_copies(shape: Sequence[Any], like: Sequence[Any], dtype: Any) -> Any:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
-from jaxlosses._blocks import auto_sharded
 from jaxlosses._kernel import align
 from jaxlosses._labels import narrow_integers
 from jaxlosses._mean import WeightedMean
@@ -97,5 +98,14 @@ def segment_means(
 
     # A loss of no segment adds 0 to the first one. The count is exact because it is an integer.
     arrays = [losses, weights.astype(bool).astype(jnp.int32), jnp.where(in_segment, ids, 0)]
-    total, count = auto_sharded(sums, arrays, [PartitionSpec()] * 2)
+    mesh = jax.typeof(losses).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+    # On an Explicit mesh JAX cannot tell how a sum by ids is sharded; there XLA decides, as on an
+    # Auto mesh.
+    if explicit:
+        automatic: Any = jax.sharding.auto_axes(axes=explicit, out_sharding=[PartitionSpec()] * 2)
+        total, count = automatic(sums)(*arrays)
+    else:
+        total, count = sums(*arrays)
     return WeightedMean(total, count.astype(total.dtype))

@@ -239,6 +239,13 @@ def _is_number(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_))
 
 
+def axis_names(names: AxisName) -> tuple[Any, ...]:
+    """Mapped axes as a tuple; none if there is no name."""
+    if names is None:
+        return ()
+    return names if isinstance(names, tuple) else (names,)
+
+
 def check_axis(name: str, axis: int, ndim: int) -> int:
     """``axis`` counted from the front; ``ValueError`` if the array has no such axis."""
     if not -ndim <= check_integer(name, axis) < ndim:

@@ -38,13 +38,16 @@ class Counts(NamedTuple):
 
     bytes: float = 0
     kernels: int = 0
+    collectives: int = 0
+    collective_bytes: float = 0
 
 
 def count(compiled: Any) -> Counts:
-    """The bytes that kernels read and write, and how many kernels run.
+    """The bytes that kernels read and write, and how many kernels and collectives run.
 
     A loop counts as often as it runs, of branches the largest, and of an array that is sliced or
-    updated in place the slice. What XLA keeps in a TPU's fast memory does not count.
+    updated in place the slice. What XLA keeps in a TPU's fast memory does not count. The bytes of a
+    collective are those of the whole that devices gather, scatter or sum, wherever it is kept.
     """
     computations = _parse(compiled.as_text())
     return _count(computations, computations["ENTRY"])
@@ -157,7 +160,7 @@ def _arrays(shape: str) -> Iterator[tuple[float, int, str]]:
 
 
 def _count(computations: dict[str, Computation], computation: Computation) -> Counts:
-    total, kernels = 0.0, 0
+    total = Counts()
     for instruction in computation.values():
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith(("-start", "-update")):
@@ -172,20 +175,39 @@ def _count(computations: dict[str, Computation], computation: Computation) -> Co
             counts = [_count(computations, computations[name]) for name in instruction.called]
             if opcode == "conditional":
                 counts = [max(counts)]
-            runs = _trip_count(instruction) if opcode == "while" else 1
-            total += runs * sum(c.bytes for c in counts)
-            kernels += runs * sum(c.kernels for c in counts)
+            runs = _trip_count(computations, instruction) if opcode == "while" else 1
+            total = _sum(total, *([_sum(*counts)] * runs))
             continue
-        total += _written(computations, computation, instruction)
+        moved = _written(computations, computation, instruction)
         for name in set(instruction.operands):
             part = _part_read(computations, instruction, computation[name])
-            total += part * computation[name].bytes
-        kernels += 1
-    return Counts(total, kernels)
+            moved += part * computation[name].bytes
+        body = computations[instruction.called[0]].values() if opcode == "fusion" else [instruction]
+        talks = [i for i in body if i.opcode.removesuffix("-start") in COLLECTIVES]
+        talked = sum(_collective_bytes(computations, i) for i in talks)
+        total = _sum(total, Counts(moved, 1, len(talks), talked))
+    return total
 
 
-def _trip_count(loop: Instruction) -> int:
+def _sum(*counts: Counts) -> Counts:
+    return Counts(*map(sum, zip(*counts, strict=True)))
+
+
+def _collective_bytes(computations: dict[str, Computation], instruction: Instruction) -> float:
+    """What a collective takes or what it gives, whichever is more, in fast memory too."""
+    of_operands = next(c for c in computations.values() if instruction.operands[0] in c)
+    shapes = [instruction.shape, *(of_operands[name].shape for name in instruction.operands)]
+    given, *taken = (sum(size * n for size, n, _ in _arrays(shape)) for shape in shapes)
+    return max(given, sum(taken))
+
+
+def _trip_count(computations: dict[str, Computation], loop: Instruction) -> int:
+    """How often a loop runs, which is said or is the limit of its counter from 0."""
     found = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
+    if found is None:
+        condition = computations[re.findall(r"condition=%([\w.-]+)", loop.text)[0]]
+        limits = [i.text for i in condition.values() if i.opcode == "constant"]
+        found = re.match(r"(\d+)\)", limits[0]) if len(limits) == 1 else None
     assert found is not None, f"the text does not say how often {loop.name} runs"
     return int(found[1])
 

@@ -277,6 +277,154 @@ def test_there_may_be_one_token_no_token_or_no_feature():
         close(no_feature, np.log(CLASSES))
 
 
+def log_probs_of_logits(hidden, kernel, labels, *, bias, temperature=1.0, logit_soft_cap=None, **_):
+    """What ``linear_log_probs`` has to be, in plain JAX."""
+    logits = hidden @ kernel + jnp.expand_dims(bias, range(hidden.ndim - 1))
+    if logit_soft_cap:
+        logits = logit_soft_cap * jnp.tanh(logits / logit_soft_cap)
+    log_p = jax.nn.log_softmax(logits / temperature)
+    p = jnp.exp(log_p)
+    return jl.LogProbs(
+        jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0],
+        -jnp.sum(jnp.where(p > 0, p * log_p, 0), -1),
+        jax.nn.logsumexp(logits / temperature, -1),
+        jnp.argmax(logits, -1) == labels,
+    )
+
+
+def value_and_all_derivatives(log_probs, floats, labels, **options):
+    """The results, their tangents, gradients of two sums of theirs, and a second derivative."""
+
+    def results(*some):
+        hidden, kernel, bias = some
+        found = log_probs(hidden, kernel, labels, bias=bias, **options)
+        return found.label, found.entropy, found.log_partition, found.is_top
+
+    def total(*some):
+        label, entropy, log_partition, _ = results(*some)
+        return jnp.sum(label * jnp.cos(entropy) + jnp.square(log_partition))
+
+    *tangents, _ = jax.jvp(results, floats, [x[::-1] for x in floats])[1]
+    of_entropy = jax.grad(lambda *a: jnp.sum(jnp.sin(results(*a)[1])), (0, 1, 2))
+    gradient = jax.grad(total, (0, 1, 2))
+    second = jax.jvp(gradient, floats, floats)[1]
+    return results(*floats), tangents, of_entropy(*floats), gradient(*floats), second
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"block_size": 4, "temperature": 0.7},
+        {"block_size": (6, None), "logit_soft_cap": 2.0, "temperature": 2},
+        {},
+    ],
+    ids=["classes", "tokens", "default"],
+)
+def test_log_probs_are_those_of_all_logits(options):
+    *floats, _, labels = draw()
+    program = jax.jit(functools.partial(value_and_all_derivatives, **options), static_argnums=0)
+    found, expected = (
+        program(f, floats, labels) for f in (jl.linear_log_probs, log_probs_of_logits)
+    )
+    close(found, expected, rtol=1e-4, atol=1e-5)
+    assert 0 < found[0][3].sum() < labels.size
+
+
+@pytest.mark.parametrize("layout", ["classes over the devices of tokens", "both"])
+def test_log_probs_of_shards_are_those_of_all_logits(layout):
+    *floats, _, labels = draw((16, 8), 32, 512)
+    floats[0] /= 8  # So that logits are not so large that second derivatives are inaccurate.
+    of_hidden, of_kernel, block_size = LAYOUTS[layout]
+    in_specs = (PartitionSpec(*of_hidden), PartitionSpec(*of_kernel))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    program = jax.jit(
+        value_and_all_derivatives, static_argnums=0, static_argnames=("in_specs", "block_size")
+    )
+    expected = program(log_probs_of_logits, floats, labels)
+    options = {"in_specs": in_specs, "block_size": block_size}
+    with jax.set_mesh(mesh):
+        close(
+            program(jl.linear_log_probs, floats, labels, **options), expected, rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("axis", ["data", "model"])
+def test_log_probs_in_shard_map_are_those_of_all_logits(axis):
+    """Where an axis shards tokens and classes, JAX knows that labels vary over it."""
+    hidden, kernel, bias, _, labels = draw((8, 2), 4, 16)
+    rows, classes = PartitionSpec("data"), PartitionSpec(axis)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def inside(hidden, kernel, bias, labels):
+        found = jl.linear_log_probs(hidden, kernel, labels, bias=bias, class_axis_name=axis)
+        return found.label, found.entropy, found.log_partition
+
+    in_specs = (rows, PartitionSpec(None, axis), classes, rows)
+    mapped = jax.shard_map(inside, mesh=mesh, in_specs=in_specs, out_specs=(rows,) * 3)
+
+    def plain(hidden, kernel, bias, labels):
+        found = log_probs_of_logits(hidden, kernel, labels, bias=bias)
+        return found.label, found.entropy, found.log_partition
+
+    def program(function):
+        def total(*floats):
+            label, entropy, log_partition = function(*floats, labels)
+            return jnp.sum(label * jnp.cos(entropy) + jnp.square(log_partition))
+
+        floats = hidden, kernel, bias
+        return function(*floats, labels), jax.grad(total, (0, 1, 2))(*floats)
+
+    found, expected = (jax.jit(program, static_argnums=0)(f) for f in (mapped, plain))
+    close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_log_probs_of_ruled_out_classes_are_finite():
+    hidden, kernel, bias, _, labels = draw()
+    bias = bias.at[jnp.array([0, 1, 2, 3, 9])].set(-jnp.inf)
+    labels = jnp.clip(labels, 4, 8)
+    for block_size in (2, (6, None)):
+        found = jl.linear_log_probs(hidden, kernel, labels, bias=bias, block_size=block_size)
+        expected = log_probs_of_logits(hidden, kernel, labels, bias=bias)
+        close(found, expected, rtol=1e-5)
+
+    def total(*floats):
+        found = jl.linear_log_probs(*floats, labels, block_size=2, bias=bias)
+        return jnp.sum(found.entropy + found.label)
+
+    chex.assert_tree_all_finite(jax.grad(total, (0, 1))(hidden, kernel))
+
+
+def test_absent_log_probs_touch_nothing_and_trouble_that_counts_propagates():
+    hidden, kernel, _, _, labels = draw((10,))
+    rubbish = hidden.at[3, 1].set(jnp.nan).at[4].set(jnp.inf), labels.at[3].set(-1)
+
+    @jax.jit
+    def gradients(hidden, labels, counts):
+        def total(hidden, kernel):
+            found = jl.linear_log_probs(hidden, kernel, labels, block_size=4)
+            terms = (found.label, found.entropy, found.log_partition)
+            label, *rest = (jnp.where(counts, term, 0) for term in terms)
+            return jnp.sum(label + rest[0] * rest[1])
+
+        return jax.grad(total, (0, 1))(hidden, kernel)
+
+    absent = ~jnp.isin(jnp.arange(10), jnp.array([3, 4]))
+    close(gradients(*rubbish, absent), gradients(hidden, labels, absent))
+    of_hidden, of_kernel = gradients(*rubbish, jnp.ones(10, bool))
+    assert jnp.isnan(of_hidden[3]).all()
+    assert jnp.isnan(of_hidden[4]).all()
+    assert jnp.isnan(of_kernel).all()
+    assert jnp.isfinite(of_hidden[5:]).all()
+    of_impossible, _ = gradients(hidden, labels.at[0].set(CLASSES), jnp.arange(10) < 5)
+    assert jnp.isnan(of_impossible[0]).all()
+    assert jnp.isfinite(of_impossible[1:]).all()
+    impossible = jl.linear_log_probs(hidden, kernel, labels.at[0].set(CLASSES))
+    assert jnp.isnan(impossible.label[0])
+    assert not impossible.is_top[0]
+    assert jnp.isfinite(impossible.label[1:]).all()
+    assert jnp.isfinite(impossible.entropy).all()
+
+
 def test_where_nothing_counts_value_and_gradient_are_zero():
     """Even if there is a NaN in the kernel or the bias."""
     hidden, kernel, bias, weights, labels = draw()
@@ -311,11 +459,38 @@ def test_gradients_in_bfloat16_work_on_a_cpu_for_any_shape():
 
 
 def test_matmul_precision_is_respected():
+    """That of the place where the loss is called, not of the one where it is compiled."""
     hidden, kernel, *_, labels = draw()
+
     for precision in ("DEFAULT", "HIGHEST"):
-        with jax.default_matmul_precision(precision.lower()):
-            text = str(jax.make_jaxpr(jax.grad(linear, (0, 1)))(hidden, kernel, labels))
-        assert set(re.findall(r"precision=\(?Precision\.(\w+)", text)) == {precision}
+
+        def loss(hidden, kernel, precision=precision):
+            with jax.default_matmul_precision(precision.lower()):
+                return linear(hidden, kernel, labels)
+
+        def derivatives(*floats, loss=loss):
+            return jax.value_and_grad(loss, (0, 1))(*floats), jax.jvp(loss, floats, floats)
+
+        text = jax.jit(derivatives).lower(hidden, kernel).as_text()
+        found = re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", text)
+        assert len(found) >= 5
+        assert set(found) == {(precision, precision)}
+
+
+def test_bfloat16_and_float32_are_multiplied_in_bfloat16_unless_more_is_asked_for():
+    """Not on a CPU."""
+    hidden, kernel, *_, labels = draw()
+    low = hidden.astype(jnp.bfloat16)
+
+    def products(platform):
+        lowered = jax.jit(jax.grad(linear, (0, 1))).trace(low, kernel, labels)
+        text = lowered.lower(lowering_platforms=(platform,)).as_text()
+        return set(re.findall(r"dot_general.*: \(tensor<\w*x(\w+)>, tensor<\w*x(\w+)>\)", text))
+
+    assert products("tpu") == products("cuda") == {("bf16", "bf16")}
+    assert products("cpu") == {("f32", "f32")}
+    with jax.default_matmul_precision("float32"):
+        assert products("tpu") == {("f32", "f32")}
 
 
 @pytest.mark.parametrize("classes", [32768, 131072, 50257])
@@ -326,40 +501,108 @@ def test_memory_does_not_grow_with_the_vocabulary(classes):
     assert gradient.memory_analysis().temp_size_in_bytes < 64e6
 
 
-# How hidden and kernel are sharded, and blocks of the tokens where the classes are sharded.
+# How hidden and kernel are sharded over four devices of "data" and two of "model", and blocks that
+# do not divide a device's tokens or classes.
 LAYOUTS = {
-    "tokens": (("data", None, None), (None, None), 64),
-    "both axes of tokens": (("data", "model", None), (None, None), 64),
-    "features": (("data", None, "model"), ("model", None), 64),
-    "classes": ((None, None, None), (None, "model"), (32, None)),
-    "tokens and classes": (("data", None, None), (None, "model"), (32, None)),
-    "features over the devices of tokens": (("data", None, None), ("data", "model"), (32, None)),
+    "whole": ((("data",),), (), 96),
+    "features over the devices of tokens": ((("data",),), ("data",), 96),
+    "classes over the devices of tokens": ((("data",),), (None, "data"), 96),
+    "classes over their own devices": ((("data",),), (None, "model"), (10, None)),
+    "both": ((("data",),), ("data", "model"), (10, None)),
+    "classes over all devices": (("data",), (None, ("data", "model")), None),
+    "features over devices that have the same tokens": (("data", None, "model"), ("model",), None),
+    "features over all devices": ((None, "data"), (("model", "data"),), 96),
 }
+
+
+def place_on(mesh, of_hidden, of_kernel, floats, labels):
+    """The arguments, sharded, and how the gradients of the floats are."""
+    of_classes = of_kernel[1:2]
+    specs = (of_hidden, of_kernel, of_classes, of_hidden[:2], of_hidden[:2])
+    shardings = [NamedSharding(mesh, PartitionSpec(*s)) for s in specs]
+    placed = [jax.device_put(*pair) for pair in zip((*floats, labels), shardings, strict=True)]
+    return placed, tuple(shardings[:4])
+
+
+@functools.cache
+def of_all_logits():
+    """What the sharded programs have to find: value, gradients and a tangent."""
+    *floats, labels = draw((16, 8), 32, 512)
+    floats[3] = floats[3].at[2:6].set(0)  # So on two devices nothing counts.
+    loss = both(labels, label_smoothing=0.1, z_loss=0.01, logit_soft_cap=3.0)[1]
+
+    def program(*a):
+        return jax.value_and_grad(loss, ALL_FLOATS)(*a), jax.jvp(loss, a, a)[1]
+
+    (value, gradients), tangent = jax.jit(program)(*floats)
+    # Now absent tokens hold NaN, so that the derivative of their weights is 0.
+    floats[0] = floats[0].at[2:6].set(jnp.nan)
+    gradients = (*gradients[:3], gradients[3].at[2:6].set(0))
+    return floats, labels, ((value, gradients), tangent)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
 def test_sharded_is_local(kind, layout):
-    *floats, labels = draw((16, 8), 32, 512)
-    floats[3] = floats[3].at[2:6].set(0)
+    """On an Auto mesh that is told the layout, and on an Explicit mesh that shows it."""
+    floats, labels, expected = of_all_logits()
     of_hidden, of_kernel, block_size = LAYOUTS[layout]
-    options = {"label_smoothing": 0.1, "logit_soft_cap": 3.0, "block_size": block_size}
-    expected = jax.jit(jax.value_and_grad(both(labels, **options)[1], ALL_FLOATS))(*floats)
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_soft_cap": 3.0}
+    if kind is AxisType.Auto:
+        options["in_specs"] = (PartitionSpec(*of_hidden), PartitionSpec(*of_kernel))
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
-    specs = (of_hidden, of_kernel, of_kernel[1:], of_hidden[:2], of_hidden[:2])
-    shardings = [NamedSharding(mesh, PartitionSpec(*s)) for s in specs]
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(*pair) for pair in zip((*floats, labels), shardings, strict=True)]
+        placed, kept = place_on(mesh, of_hidden, of_kernel, floats, labels)
 
-        def gradient(*arguments):
-            return jax.value_and_grad(both(arguments[4], **options)[0], ALL_FLOATS)(*arguments[:4])
+        def program(*arguments):
+            *floats, labels = arguments
+            loss = both(labels, block_size=block_size, **options)[0]
+            return jax.value_and_grad(loss, ALL_FLOATS)(*floats), jax.jvp(loss, floats, floats)[1]
 
-        kept = (NamedSharding(mesh, PartitionSpec()), tuple(shardings[:4]))
-        compiled = jax.jit(gradient, out_shardings=kept).lower(*placed).compile()
-        close(compiled(*placed), expected, rtol=1e-4)
-        if "over" not in layout:  # In that layout the kernel has to be gathered.
-            gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather", compiled.as_text())
-            assert not any("32" in shape.split(",") for shape in gathered), gathered
+        whole = NamedSharding(mesh, PartitionSpec())
+        found = jax.jit(program, out_shardings=((whole, kept), whole))(*placed)
+    close(found, expected, rtol=1e-4)
+
+
+# Which classes a device of a caller's own shard_map has, and the axis over which they are sharded.
+MAPPED = {
+    "whole": ((), None, 96),
+    "classes over the devices of tokens": ((None, "data"), "data", 96),
+    "classes over their own devices": ((None, "model"), "model", (10, None)),
+    "classes over all devices": ((None, ("model", "data")), ("model", "data"), None),
+}
+
+
+@pytest.mark.parametrize("layout", MAPPED)
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_a_shard_of_the_classes_is_enough(check_vma, layout):
+    """In a caller's own shard_map, with labels among all classes."""
+    floats, labels, expected = of_all_logits()
+    of_kernel, class_axis_name, block_size = MAPPED[layout]
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "logit_soft_cap": 3.0}
+    names = {"axis_name": "data", "class_axis_name": class_axis_name}
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rows, kernel, classes = (PartitionSpec(*s) for s in (("data",), of_kernel, of_kernel[1:]))
+
+    def inside(*arguments):
+        *floats, labels = arguments
+        return both(labels, block_size=block_size, **options, **names)[0](*floats)
+
+    in_specs = (rows, kernel, classes, rows, rows)
+    shard_map = functools.partial(jax.shard_map, mesh=mesh, in_specs=in_specs, check_vma=check_vma)
+    mapped = shard_map(inside, out_specs=PartitionSpec())
+
+    def program(*arguments):
+        *floats, labels = arguments
+        found = jax.value_and_grad(mapped, ALL_FLOATS)(*arguments)
+        tangent = jax.jvp(lambda *a: mapped(*a, labels), floats, floats)[1]
+        # Without the check, JAX does not sum the gradients of the members.
+        of_members = shard_map(jax.grad(inside, ALL_FLOATS), out_specs=in_specs[:4])
+        return found, tangent, of_members(*arguments) if check_vma else found[1]
+
+    found, tangent, of_members = jax.jit(program)(*floats, labels)
+    close((found, tangent), expected, rtol=1e-4)
+    close(of_members, expected[0][1], rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -385,6 +628,81 @@ def test_members_of_an_axis_agree_with_the_whole(reduction, block_size, check_vm
             jax.grad(inside, ALL_FLOATS), out_specs=specs["in_specs"][:4], **specs
         )
         close(jax.jit(local)(*floats, labels), expected[1])
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("is_sparse", [True, False], ids=["class ids", "distributions"])
+def test_losses_of_logits_take_shards_of_the_classes(is_sparse, check_vma):
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(8, 3, 6)), jnp.float32)
+    # A class that is ruled out, and on two of the four devices, where nothing counts, rubbish.
+    logits = logits.at[1, 0, 4].set(-jnp.inf).at[2:6].set(jnp.nan)
+    weights = jnp.arange(8.0).at[2:6].set(0)
+    labels = jnp.asarray(rng.integers(0, 4, (8, 3)), jnp.int32)
+    rows, classes = PartitionSpec("data"), PartitionSpec("data", None, "model")
+    loss, of_labels = jl.sparse_softmax_cross_entropy, rows
+    if not is_sparse:
+        loss, labels, of_labels = jl.softmax_cross_entropy, jax.nn.one_hot(labels, 6), classes
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def program(loss):
+        plain, smooth = (
+            lambda x, w, o=o: loss(x, labels, w, **o)
+            for o in ({}, {"z_loss": 0.1, "label_smoothing": 0.1})
+        )
+        finite = jnp.where(jnp.isinf(logits), 0, logits)
+        arguments = [(plain, logits), (smooth, finite)]
+        gradients = [jax.value_and_grad(f, (0, 1))(x, weights) for f, x in arguments]
+        return gradients, jax.jvp(smooth, (finite, weights), (finite, weights))[1]
+
+    def mapped(*arguments, **options):
+        inside = functools.partial(loss, axis_name="data", class_axis_name="model", **options)
+        specs = {"in_specs": (classes, of_labels, rows), "out_specs": PartitionSpec()}
+        return jax.shard_map(inside, mesh=mesh, check_vma=check_vma, **specs)(*arguments)
+
+    close(*(jax.jit(program, static_argnums=0)(f) for f in (mapped, loss)))
+
+
+def test_members_that_share_a_row_do_not_add_it_up():
+    with pytest.raises(ValueError, match=r"class_axis_name must be other axes than axis_name.*'i'"):
+        jax.vmap(
+            lambda x: jl.sparse_softmax_cross_entropy(
+                x, jnp.zeros(3, int), axis_name="i", class_axis_name="i"
+            ),
+            axis_name="i",
+        )(jnp.zeros((2, 3, 4)))
+
+
+SPEC = PartitionSpec("data")
+
+
+@pytest.mark.parametrize(
+    ("in_specs", "message"),
+    [
+        (SPEC, "in_specs must be a PartitionSpec of hidden and a PartitionSpec of kernel, got"),
+        ((SPEC,), "in_specs must be a PartitionSpec of hidden and"),
+        ((SPEC, "data"), "in_specs must be a PartitionSpec of hidden and.*'data'"),
+        ((PartitionSpec("rows"), SPEC), r"in_specs of hidden must name axes.*'data'.*'rows'"),
+        ((SPEC, PartitionSpec(None, "data")), r"equal shards.*\(6, 11\).*axis of 11 has 4 shards"),
+        ((SPEC, PartitionSpec(None, None, "data")), r"fit kernel of shape \(6, 11\)"),
+    ],
+)
+def test_in_specs_are_checked(in_specs, message):
+    hidden, kernel, _, _, labels = draw((8, 3))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
+        linear(hidden, kernel, labels, in_specs=in_specs)
+
+
+def test_in_specs_need_a_mesh_and_no_shard_map():
+    hidden, kernel, _, _, labels = draw((8, 3))
+    with pytest.raises(ValueError, match=r"in_specs need a mesh: .*jax.set_mesh"):
+        linear(hidden, kernel, labels, in_specs=(SPEC, SPEC))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (SPEC, PartitionSpec()), "class_axis_name": "i"}
+    mapped = jax.vmap(functools.partial(linear, hidden, kernel, **specs), axis_name="i")
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"class_axis_name.*None, got 'i'"):
+        mapped(labels[None])
 
 
 @pytest.mark.parametrize(

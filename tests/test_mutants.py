@@ -3,15 +3,19 @@
 A mutant is the package's own source with one piece replaced, imported under another name.
 """
 
+import functools
 import importlib
 import shutil
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
-from arguments import cases, lifted_cases
+from arguments import Case, cases, lifted_cases
+from jax.sharding import AxisType, PartitionSpec
 from laws import LAWS
-from properties import PROPERTIES
+from properties import PROPERTIES, close
 from test_properties import CASES
 
 import jaxlosses as jl
@@ -22,7 +26,43 @@ REDUCE, REDUCE_CPU, TYPING = "_reduce.py", "_reduce_cpu.py", "_typing.py"
 LIFT, SEGMENTS = "_weighted.py", "_segments.py"
 COLLECTOR, ACCUMULATE = "_collector.py", "_accumulate.py"
 REGRESSION, CLASSES, LOGITS = "_regression.py", "_classification.py", "_logits.py"
-BY_NAME = {check.__name__: check for check in (*PROPERTIES, *LAWS)}
+LAYOUT, DEVICE, DERIVATIVE = "_layout.py", "_linear_device.py", "_linear_derivative.py"
+
+
+def takes_shards_of_the_classes(case: Case) -> None:
+    """A last layer in shard_map, with the classes over one axis, and over that of the tokens."""
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    hidden, kernel, labels = case.draw(batch=(8,))
+    kernel = jnp.concatenate([kernel, -kernel[:, ::-1], kernel[:, :4]], 1)  # 16 classes.
+    labels = labels.at[::2].add(10)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+    def gradients(axis):
+        names = {"axis_name": "data", "class_axis_name": axis, "block_size": 3}
+        specs = (rows, PartitionSpec(None, axis), rows)
+        for check_vma in (True, False):
+            loss = jax.shard_map(
+                functools.partial(case.loss, label_smoothing=0.1, **names),
+                mesh=mesh,
+                in_specs=specs,
+                out_specs=whole,
+                check_vma=check_vma,
+            )
+            yield derivatives(loss)
+
+    def derivatives(loss):
+        floats = hidden, kernel
+        tangent = jax.jvp(lambda *a: loss(*a, labels), floats, floats)[1]
+        return jax.value_and_grad(loss, (0, 1))(*floats, labels), tangent
+
+    expected = derivatives(functools.partial(case.loss, label_smoothing=0.1))
+    for axis in ("data", "model"):
+        for found in jax.jit(lambda axis=axis: list(gradients(axis)))():
+            close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+CHECKS = (*PROPERTIES, *LAWS, takes_shards_of_the_classes)
+BY_NAME = {check.__name__: check for check in CHECKS}
 
 MUTANTS = {
     # name: (file, what it says, what the mutant says, the loss, the property that notices),
@@ -261,22 +301,23 @@ MUTANTS = {
     ),
     "wrap a negative label": (
         LABELS,
-        "labels = labels.reshape(logits_shape[:-1])",
-        "labels = jnp.where(labels < 0, labels + classes, labels).reshape(logits_shape[:-1])",
+        "labels = as_class_ids(labels, logits_shape)",
+        "labels = as_class_ids(labels, logits_shape)\n"
+        "    labels = jnp.where(labels < 0, labels + logits_shape[-1], labels)",
         "sparse_softmax_cross_entropy",
         "impossible_labels_are_nan",
     ),
     "clamp a label": (
         LABELS,
-        "labels = labels.reshape(logits_shape[:-1])",
-        "labels = jnp.clip(labels, 0, classes - 1).reshape(logits_shape[:-1])",
+        "labels = as_class_ids(labels, logits_shape)",
+        "labels = jnp.clip(as_class_ids(labels, logits_shape), 0, logits_shape[-1] - 1)",
         "sparse_softmax_cross_entropy",
         "impossible_labels_are_nan",
     ),
     "NaN in the value only": (
         LABELS,
         "return losses * factor.astype(losses.dtype)",
-        "return jnp.where(_is_class(labels, classes), losses, jnp.nan)",
+        "return jnp.where(is_class(labels, classes), losses, jnp.nan)",
         "sparse_softmax_cross_entropy",
         "impossible_labels_are_nan",
     ),
@@ -356,6 +397,56 @@ MUTANTS = {
         "if False:",
         "linear_softmax_cross_entropy",
         "float64_stays_float64",
+    ),
+    "number the classes of each shard from 0": (
+        DEVICE,
+        "self.layout.shard_numbers() * self.classes + start",
+        "self.layout.shard_numbers() * 0 + start",
+        "linear_softmax_cross_entropy",
+        "takes_shards_of_the_classes",
+    ),
+    "take the largest logit of a shard for that of all": (
+        DEVICE,
+        "lax.pmax(self.max_logit, axes)",
+        "self.max_logit",
+        "linear_softmax_cross_entropy",
+        "takes_shards_of_the_classes",
+    ),
+    "sum tangents inside of the primitive and outside": (
+        LAYOUT,
+        "return super().sum_over_classes(x) if self.is_checked else x",
+        "return super().sum_over_classes(x)",
+        "linear_softmax_cross_entropy",
+        "takes_shards_of_the_classes",
+    ),
+    "gather classes without a sum of their gradients": (
+        LAYOUT,
+        "x = lax.psum_scatter(x, axes, tiled=True, **options)",
+        "n = x.shape[classes_axis] // self.num_gathered; "
+        "x = lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * n, n, classes_axis)",
+        "linear_softmax_cross_entropy",
+        "takes_shards_of_the_classes",
+    ),
+    "sum no gradient of a kernel that devices share": (
+        LAYOUT,
+        'axes = self.summed_axes + (self.features if kind == "bias" else ())',
+        "axes = ()",
+        "linear_softmax_cross_entropy",
+        "sharded_is_local",
+    ),
+    "sum no gradient of what does not vary": (
+        LAYOUT,
+        "tuple(varying_axes(x) - varying_axes(like) - set(self.gathered))",
+        "()",
+        "linear_softmax_cross_entropy",
+        "members_of_an_axis_agree_with_the_whole",
+    ),
+    "mask no absent token of a last layer": (
+        DERIVATIVE,
+        "jnp.full_like(max_logit, jnp.inf)",
+        "log_sum_exp_shifted",
+        "linear_softmax_cross_entropy",
+        "what_is_absent_touches_nothing",
     ),
     "leave a wrong call to JAX": (
         TYPING,
@@ -491,6 +582,10 @@ MUTANTS = {
         "wide_integers_keep_their_size",
     ),
 }
+
+
+def test_the_package_takes_shards_of_the_classes():
+    takes_shards_of_the_classes(CASES["linear_softmax_cross_entropy"])
 
 
 @pytest.mark.parametrize("mutation", MUTANTS)

@@ -11,6 +11,7 @@ from arguments import cases
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxlosses as jl
+from jaxlosses import _reduce
 
 CASES = {name: case for name, case in cases(jl).items() if not case.computes}
 EVEN, ODD = (2048, 8192), (331, 65537)  # Two blocks in a row; a row that no block divides.
@@ -123,3 +124,17 @@ def test_counts_of_several_devices_have_64_bits():
     program = jax.jit(jl.compute_weighted_loss).lower(losses, weights).compile().as_text()
     assert re.search(r"= s64\[\]\S* all-reduce", program)
     assert not re.search(r"= s32\[\]\S* all-reduce", program)
+
+
+def test_maximum_sum_and_pick_in_one_reduction():
+    """A CPU never takes this way; infinities are limits, and NaN stays NaN."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(6, 1000)) * 9, jnp.float32)
+    x = x.at[1, 5].set(-jnp.inf).at[2].set(-jnp.inf).at[3, 7:9].set(jnp.inf).at[4, 3].set(jnp.nan)
+    mask = jnp.arange(1000)[None] == jnp.array([3, 4, 5, 6, 7, -1])[:, None]
+    maximum, total, picked = jax.jit(_reduce.max_sum_exp_and_pick)(x, mask)
+    np.testing.assert_array_equal(maximum, np.max(np.asarray(x), -1))
+    np.testing.assert_array_equal(picked, np.where(mask, x, 0).sum(-1))
+    relative = np.where(x == np.asarray(maximum)[:, None], 0, x - maximum[:, None])
+    np.testing.assert_allclose(total, np.exp(np.float64(relative)).sum(-1), rtol=1e-6)
+    assert np.isnan(total[4])

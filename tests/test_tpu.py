@@ -6,6 +6,7 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import programs
 import pytest
 from arguments import cases
@@ -77,31 +78,70 @@ def test_a_gradient_needs_no_more_than_the_plain_way(name, weights, dtype):
     assert programs.collectives(ours) == [ALL_REDUCE[programs.num_sums(case, weights)]]
 
 
-@pytest.mark.parametrize(
-    ("kind", "of_hidden", "of_kernel", "block_size"),
-    [
-        (AxisType.Auto, ("x",), (), None),
-        (AxisType.Explicit, (), (None, "x"), None),
-        (AxisType.Auto, (), (None, "x"), (256, None)),
-    ],
-    ids=["tokens", "classes", "classes that do not show"],
-)
-def test_a_vocabulary_needs_one_block_of_logits(kind, of_hidden, of_kernel, block_size):
-    devices = topologies.get_topology_desc("v5e:4x4", "tpu").devices
-    mesh = Mesh(np.array(devices), ("x",), axis_types=(kind,))
+# How many chips "data" and "model" have, how the kernel is sharded, and of a step: megabytes of
+# temporaries, bytes of memory over those of the plain way, gigabytes and number of collectives.
+LAYOUTS = {
+    "replicated": ((256, 1), (), (135, 0.9, 1.08, 33)),
+    "features over data": ((256, 1), ("data",), (169, 0.8, 3.23, 97)),
+    "classes over data": ((256, 1), (None, "data"), (144, 0.7, 3.23, 97)),
+    "classes over model": ((16, 16), (None, "model"), (237, 1.15, 0.61, 20)),
+    "both": ((16, 16), ("data", "model"), (203, 0.4, 0.68, 37)),
+}
+
+
+def language_model_step(layout, kind, loss):
+    """Value and gradients of a loss of a million tokens and 131072 classes, on 256 chips."""
+    devices = np.array(topologies.get_topology_desc("v5e:16x16", "tpu").devices)
+    num_devices, of_kernel, _ = LAYOUTS[layout]
+    mesh = Mesh(devices.reshape(num_devices), ("data", "model"), axis_types=(kind, kind))
     hidden, kernel, labels = (
         jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
         for shape, dtype, spec in (
-            ((65536, 4096), jnp.bfloat16, of_hidden),
-            ((4096, 131072), jnp.bfloat16, of_kernel),
-            ((65536,), jnp.int32, of_hidden),
+            ((2**20, 4096), jnp.bfloat16, ("data",)),
+            ((4096, 2**17), jnp.bfloat16, of_kernel),
+            ((2**20,), jnp.int32, ("data",)),
         )
     )
-
+    shardings = (NamedSharding(mesh, PartitionSpec()), (hidden.sharding, kernel.sharding))
     with jax.set_mesh(mesh):
-        loss = functools.partial(jl.linear_softmax_cross_entropy, block_size=block_size)
-        shardings = (NamedSharding(mesh, PartitionSpec()), (hidden.sharding, kernel.sharding))
         gradient = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=shardings)
-        program = gradient.lower(hidden, kernel, labels).compile()
-    assert "all-gather" not in program.as_text()
-    assert program.memory_analysis().temp_size_in_bytes < 0.15e9
+        return gradient.lower(hidden, kernel, labels).compile()
+
+
+def through_logits(hidden, kernel, labels):
+    logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def told(layout):
+    in_specs = (PartitionSpec("data"), PartitionSpec(*LAYOUTS[layout][1]))
+    return functools.partial(jl.linear_softmax_cross_entropy, in_specs=in_specs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_vocabulary_needs_one_block_of_logits(layout):
+    _, _, (temporaries, ratio, collective_gigabytes, num_collectives) = LAYOUTS[layout]
+    program = language_model_step(layout, AxisType.Auto, told(layout))
+    counts = programs.count(program)
+    plain_counts = programs.count(language_model_step(layout, AxisType.Auto, through_logits))
+    assert program.memory_analysis().temp_size_in_bytes < temporaries * 1e6 < 256e6
+    assert counts.bytes < ratio * plain_counts.bytes
+    assert counts.collective_bytes < collective_gigabytes * 1e9
+    assert counts.collective_bytes < 1.6 * plain_counts.collective_bytes
+    assert counts.collectives <= num_collectives < 130
+
+
+def test_an_explicit_mesh_and_a_shard_map_need_no_more():
+    layout = "classes over model"
+    names = {"axis_name": "data", "class_axis_name": "model"}
+    loss = functools.partial(jl.linear_softmax_cross_entropy, **names)
+    rows, of_kernel = PartitionSpec("data"), PartitionSpec(*LAYOUTS[layout][1])
+    specs = {"in_specs": (rows, of_kernel, rows), "out_specs": PartitionSpec()}
+    mapped = language_model_step(layout, AxisType.Auto, jax.shard_map(loss, **specs))
+    shown = language_model_step(layout, AxisType.Explicit, jl.linear_softmax_cross_entropy)
+    _, _, (temporaries, _, collective_gigabytes, num_collectives) = LAYOUTS[layout]
+    for program in (mapped, shown):
+        counts = programs.count(program)
+        assert program.memory_analysis().temp_size_in_bytes < temporaries * 1e6
+        assert counts.collective_bytes < collective_gigabytes * 1e9
+        assert counts.collectives <= num_collectives
