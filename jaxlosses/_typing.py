@@ -86,9 +86,9 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
         named: Any = {n: prepare[n](n, v) if n in prepare else v for n, v in kwargs.items()}
         try:
             return jitted(*positional, *args[len(names) :], **named)
-        except TypeError:
+        except (TypeError, ValueError):
             arguments = _bind(function.__name__, signature, args, kwargs)
-            # JAX's, if it is of an argument that can be none of its own.
+            # It may be JAX's, about an argument that it cannot take.
             for name, value in arguments.items():
                 if name in arrays and value is not signature.parameters[name].default:
                     as_array(name, value)
@@ -153,6 +153,8 @@ def as_array(name: str, value: Any) -> Array:
     dtype = getattr(value, "dtype", np.dtype(type(value)))
     if jnp.issubdtype(dtype, jnp.complexfloating) or not _is_number(dtype):
         raise ValueError(f"{name} must be real, got dtype {dtype}")
+    if dtype.itemsize > 8:  # NumPy's longdouble.
+        raise ValueError(f"{name} must be of at most 64 bits, got dtype {dtype}")
     return jnp.asarray(keep_wide(name, value) if type(value) is int else value)
 
 

@@ -676,7 +676,9 @@ def wrong_arguments_are_named(case: Case) -> None:
     values = case.draw()
     rubbish = [None, "three", object(), b"three", np.array(["three"]), np.ones((), complex)]
     rubbish += [1j, [1.0], (1.0,), {}, np.array([None]), jax.random.key(0)]
-    rubbish += [np.ma.masked_array([1.0, 2.0], [False, True])]
+    rubbish += [np.ma.masked_array([1.0, 2.0], [False, True]), Convertible()]
+    if np.finfo(np.longdouble).bits > 64:
+        rubbish += [np.ones((), np.longdouble)]
     for i, name in enumerate((*case.inputs, "weights")):
         given = "weights" if name == "weights" else f"inputs[{i}]" if case.is_lifted else name
         is_label = i < len(values) and i not in case.floats
@@ -721,6 +723,13 @@ def weakly_typed(x: jax.Array) -> jax.Array:
     flat = jax.vmap(lambda i: jnp.asarray(0.0) + 0.0 * i)(jnp.arange(x.size))
     assert flat.weak_type
     return flat.reshape(x.shape).at[...].set(x.astype(np.float64))
+
+
+class Convertible:
+    """What only ``jax.numpy`` makes an array of, such as a variable of Keras."""
+
+    def __jax_array__(self):
+        return jnp.ones(())
 
 
 def raises(loss, *arguments, kind=ValueError, **options) -> str:
