@@ -105,7 +105,9 @@ def microbatches_are_the_whole(package: ModuleType) -> None:
         (value, found), found_gradients = step(PARAMS, batch)
         close(value, total)
         close(found.to_dict(), losses.to_dict())
-        close(found_gradients, gradients)
+        for name, gradient in gradients.items():
+            # The terms of a small entry may be as large as the largest entry is.
+            close(found_gradients[name], gradient, atol=1e-6 * np.abs(gradient).max())
 
 
 def second_derivatives_of_microbatches_are_the_whole(package: ModuleType) -> None:

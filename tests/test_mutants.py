@@ -266,7 +266,7 @@ MUTANTS = {
     ),
     "exponentiate raw logits": (
         CLASSES,
-        "max_logit = max_of(x, x.ndim - 1)",
+        "max_logit = max_over_members(max_of(x, x.ndim - 1), class_axis_name)",
         "max_logit = jnp.zeros_like(x[..., 0])",
         "softmax_cross_entropy",
         "finite_at_extremes_and_at_a_perfect_fit",
