@@ -8,6 +8,7 @@ from jax import Array
 
 from jaxlosses._kernel import reduce_losses
 from jaxlosses._labels import (
+    check_shards,
     class_ids,
     is_label,
     nan_if_impossible,
@@ -359,3 +360,4 @@ def _check_classes(logits: Array, axis_name: AxisName, class_axis_name: AxisName
             f"class_axis_name must be other axes than axis_name, because members that share the "
             f"classes of a loss must not add it up; got {class_axis_name!r} and {axis_name!r}"
         )
+    check_shards("logits", logits, class_axis_name)

@@ -17,7 +17,7 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from jaxlosses._kernel import align
-from jaxlosses._primitive import define_primitive
+from jaxlosses._primitive import define_primitive, varying_axes
 from jaxlosses._typing import (
     AxisName,
     as_array,
@@ -126,6 +126,26 @@ def is_label(labels: Array, shape: tuple[int, ...], first: Any = 0) -> Array:
     """
     ids = jax.lax.broadcasted_iota(labels.dtype, shape, len(shape) - 1)
     return ids + jnp.asarray(first, labels.dtype) == labels[..., None]
+
+
+def check_shards(name: str, x: Array, class_axis_name: AxisName) -> None:
+    """``ValueError`` unless members of mapped axes have classes of their own in ``x``.
+
+    Where ``shard_map`` does not keep track of it, only the axes are checked.
+    """
+    for axis in axis_names(class_axis_name):
+        try:
+            varying = varying_axes(jax.lax.axis_index(axis))
+        except (NameError, KeyError):
+            raise ValueError(
+                f"class_axis_name must name axes of a shard_map around the call, "
+                f"got {class_axis_name!r}, and there is no {axis!r}"
+            ) from None
+        if axis in varying and axis not in varying_axes(x):
+            raise ValueError(
+                f"{name} must have its classes sharded over class_axis_name={class_axis_name!r}, "
+                f"but all members of {axis!r} have the same"
+            )
 
 
 def num_shards(class_axis_name: AxisName) -> int:

@@ -250,7 +250,8 @@ def plan_layout(
 ) -> Layout:
     """The layout that ``in_specs`` says, that an Explicit mesh shows, or of the caller's map.
 
-    There, tokens are sharded over ``axis_name`` and over axes over which labels are known to vary.
+    There, tokens are sharded over ``axis_name``, and over axes over which hidden or labels are
+    known to vary.
 
     Axes of the mesh that shard features, and no tokens or classes, shard tokens instead, if the
     number of tokens can be divided by them: else these devices would do the same work.
@@ -272,7 +273,7 @@ def plan_layout(
         features, classes = _spec(kernel)
     else:
         classes = axis_names(class_axis_name)
-        sharding_tokens = {*axis_names(axis_name), *varying_axes(labels)}
+        sharding_tokens = {*axis_names(axis_name), *varying_axes(labels), *varying_axes(hidden)}
         gathered = tuple(name for name in classes if name in sharding_tokens)
         is_checked = bool(varying_axes(hidden) | varying_axes(kernel))
         return MappedLayout(

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -14,6 +15,7 @@ from jaxlosses._blocks import BlockSize, check_block_size
 from jaxlosses._kernel import reduce_losses
 from jaxlosses._labels import (
     as_class_ids,
+    check_shards,
     class_ids,
     is_class,
     nan_if_impossible,
@@ -24,7 +26,6 @@ from jaxlosses._layout import InSpecs, plan_layout
 from jaxlosses._linear_derivative import logit_statistics
 from jaxlosses._linear_device import Layer, Statistics
 from jaxlosses._logits import class_losses
-from jaxlosses._mean import exportable
 from jaxlosses._typing import (
     AxisName,
     Bias,
@@ -111,8 +112,12 @@ def linear_softmax_cross_entropy(
         reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
             ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
-        class_axis_name: Mapped axes over whose members the classes are sharded, in order.
-        in_specs: How ``hidden`` and ``kernel`` are sharded: two ``PartitionSpec``.
+        class_axis_name: Axes of a ``shard_map`` around the call over whose members the classes of
+            ``kernel`` and ``bias`` are sharded, in this order. Members have the same tokens; or
+            tokens of their own if the axis is in ``axis_name`` too, or if ``hidden`` or ``labels``
+            are known to vary over it. (``shard_map`` knows it unless ``check_vma`` is off.)
+        in_specs: How ``hidden`` and ``kernel`` are sharded: two ``PartitionSpec``. The bias is
+            sharded as the kernel's classes are.
 
     Returns:
         The reduced loss, float32 at least.
@@ -170,26 +175,27 @@ def linear_softmax_cross_entropy(
     )
 
 
-@exportable
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LogProbs:
+class LogProbs(NamedTuple):
     r"""What a last layer predicts at each place; what :func:`linear_log_probs` returns.
 
-    It is a pytree, so it passes through ``jit``, ``scan``, ``vmap`` and ``grad``, and through
-    ``jax.export``. All arrays have the shape of the labels, ``[batch, d1, ..., dN]``.
+    It is a named tuple, and so a pytree. All arrays have the shape of the labels,
+    ``[batch, d1, ..., dN]``.
 
     Attributes:
         label: The log-probability of the label, in nats.
         entropy: The entropy of the prediction, in nats.
         log_partition: The logarithm of the sum of exponentials, whose square is a z-loss.
-        is_top: Whether no class has a larger logit than the label; its mean is the accuracy.
+        is_top: Whether no class has a larger logit than the label, which may be one of several that
+            are largest; its mean is the accuracy.
     """
 
     label: Array
     entropy: Array
     log_partition: Array
     is_top: Array
+
+
+jax.export.register_namedtuple_serialization(LogProbs, serialized_name="jaxlosses.LogProbs")
 
 
 @with_wide_labels
@@ -216,10 +222,11 @@ def linear_log_probs(
     It needs as little memory as :func:`linear_softmax_cross_entropy`, whose docstring says how the
     blocks are cut and what a mesh must be told. What nobody uses is not computed.
 
-    There are no weights here: give them to what you compute from the results. Of a token that is
-    absent the numbers are unspecified, and its gradient is nothing if its cotangent is zero, even
-    if it holds NaN; select them with ``jnp.where`` and do not multiply by zero, or call a loss of
-    this package, which does so. A label outside of ``[0, classes)`` has the log-probability NaN.
+    There are no weights here, and no label is ignored. Give the weights to what you compute from
+    the results: ``compute_weighted_loss(-log_probs.label, weights)``. An absent token may hold NaN
+    and an impossible label. Its numbers then mean nothing, and it has no gradient, if you leave
+    them out as that loss does or as ``jnp.where`` does (zero times NaN is NaN). A label outside of
+    ``[0, classes)`` has the log-probability NaN; ``checkify`` does not name it.
 
     Args:
         hidden: Real numbers ``[batch, d1, ..., dN, features]``.
@@ -229,9 +236,8 @@ def linear_log_probs(
         temperature: The $\tau$ above, from 1e-30 to 1e30.
         logit_soft_cap: The $a$ above, from 1e-30 to 1e30.
         block_size: How many classes a block has, or ``(tokens, None)``: about how many tokens.
-        class_axis_name: Mapped axes over whose members the classes are sharded, in order. Members
-            that have the same tokens must have the same labels and, as ``shard_map`` checks with
-            ``check_vma``, know it; without that check all members must have the same tokens.
+        class_axis_name: As of :func:`linear_softmax_cross_entropy`. With ``check_vma`` off, all its
+            members must have the same tokens.
         in_specs: How ``hidden`` and ``kernel`` are sharded: two ``PartitionSpec``.
 
     Returns:
@@ -351,6 +357,13 @@ def _last_layer(
     if logit_soft_cap is not None:
         # Outside of these limits, logits divided by the cap would underflow or overflow.
         logit_soft_cap = check_number("logit_soft_cap", logit_soft_cap, 1e-30, 1e30)
+    if in_specs is None:
+        check_shards("kernel", kernel, class_axis_name)
+    elif class_axis_name is not None:
+        raise ValueError(
+            f"class_axis_name is for axes of a shard_map around the call; where in_specs say how "
+            f"arrays are sharded it must be None, got {class_axis_name!r}"
+        )
     classes = kernel.shape[1] * num_shards(class_axis_name)
     shape = (*hidden.shape[:-1], classes)
     if checks_labels:

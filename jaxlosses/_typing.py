@@ -112,6 +112,9 @@ def as_option(name: str, value: Any) -> Any:
             f"{name} must be a Python value, fixed when the program is compiled, "
             f"got {value!r} of type {type(value).__name__}"
         )
+    if name.endswith("axis_name") and isinstance(value, tuple) and len({*value}) < len(value):
+        # XLA would end the process.
+        raise ValueError(f"{name} must name each axis once, got {value!r}")
     # A number of NumPy would impose its dtype on what it is multiplied with.
     return value.item() if isinstance(value, np.generic) else value
 

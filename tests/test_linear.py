@@ -732,3 +732,48 @@ def test_arguments_are_checked(argument, given, message):
         options[name] = np.ones(options[name], np.int32 if name == "labels" else np.float32)
     with pytest.raises(ValueError, match=message):
         linear(**options)
+
+
+def test_hidden_of_its_own_means_tokens_of_its_own():
+    """Also if all members have the same labels, which are then known not to vary."""
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    hidden = jax.random.normal(jax.random.key(0), (4, 8))
+    kernel = jax.random.normal(jax.random.key(1), (8, 16))
+    labels, of_classes = jnp.array([0, 9]), PartitionSpec(None, "model")
+
+    def log_probs(hidden, kernel, labels):
+        return jl.linear_log_probs(hidden, kernel, labels, class_axis_name="model").label
+
+    specs = (PartitionSpec("model"), of_classes, PartitionSpec())
+    found = jax.shard_map(log_probs, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("model"))
+    expected = jl.linear_log_probs(hidden, kernel, jnp.tile(labels, 2)).label
+    chex.assert_trees_all_close(found(hidden, kernel, labels), expected, rtol=1e-5)
+
+
+def test_classes_that_are_no_shards_are_refused():
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2], axis_types=(AxisType.Auto,))
+    hidden, kernel, labels = jnp.ones((4, 8)), jnp.ones((8, 16)), jnp.arange(4)
+    of_layer = functools.partial(jl.linear_softmax_cross_entropy, hidden)
+    of_logits = jl.sparse_softmax_cross_entropy
+
+    def mapped(loss, classes, **options):
+        def local(x, labels):
+            return loss(x, labels, **options)
+
+        specs = (PartitionSpec(None, classes), PartitionSpec())
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+
+    for loss, x, name in ((of_layer, kernel, "kernel"), (of_logits, kernel[:4], "logits")):
+        for options, message in (
+            ({"class_axis_name": "model"}, f"{name} must have its classes sharded over"),
+            ({"class_axis_name": "nope"}, "class_axis_name must name axes of a shard_map"),
+            ({"class_axis_name": ("model", "model")}, "class_axis_name must name each axis once"),
+            ({"axis_name": ("model", "model")}, "axis_name must name each axis once"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                mapped(loss, None, **options)(x, labels)
+        with pytest.raises(ValueError, match="class_axis_name must name axes of a shard_map"):
+            loss(x, labels, class_axis_name="model")
+    told = {"class_axis_name": "model", "in_specs": (PartitionSpec(), PartitionSpec())}
+    with pytest.raises(ValueError, match="class_axis_name is for axes of a shard_map"):
+        mapped(of_layer, "model", **told)(kernel, labels)
