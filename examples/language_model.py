@@ -130,7 +130,7 @@ class LanguageModel(nnx.Module):
         """``hidden`` is ``[batch, length, width]``, and ``kernel`` is ``[width, vocabulary]``."""
         definition = jnp.cumsum(rows.positions == 0, axis=1)  # Its number within the row.
         same = definition[:, :, None] == definition[:, None, :]
-        mask = same & jnp.tri(LENGTH, dtype=bool)
+        mask = same & jnp.tri(rows.tokens.shape[1], dtype=bool)
         x = math.sqrt(WIDTH) * self.embed(rows.tokens) + self.position(rows.positions)
         layers = zip(self.shifts, self.norms, self.attention, self.dense, strict=True)
         for shift, norm, attention, dense in layers:
@@ -172,6 +172,12 @@ def evaluate(graph: Any, params: Any, rows: Rows) -> jl.LossCollector:
         mean = jl.compute_weighted_loss(values, rows.weights, reduction="parts")
         losses = losses.add_loss(name, mean)
     return losses
+
+
+def make_optimizer(rate: float, steps: int) -> optax.GradientTransformation:
+    """AdamW whose rate rises for a tenth of the steps and then falls to zero."""
+    schedule = optax.warmup_cosine_decay_schedule(0, rate, steps // 10 + 1, steps + 1)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3, 4))
@@ -225,9 +231,7 @@ def main() -> None:
     train, held, size = pack(texts, tokenizer), pack(held_texts, tokenizer), len(tokenizer.words)
     print(f"{train.weights.sum():,} tokens, {size:,} kinds, {1 - train.weights.mean():.2%} padding")
     graph, params = nnx.split(LanguageModel(size, nnx.Rngs(0)))
-    warm_up, steps = options.steps // 10 + 1, options.steps
-    schedule = optax.warmup_cosine_decay_schedule(0, 3e-3, warm_up, steps + 1)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule))
+    steps, optimizer = options.steps, make_optimizer(3e-3, options.steps)
     state, rng = optimizer.init(params), np.random.default_rng(0)
     arguments = optimizer, params, state, train.take(slice(BATCH))
     fused, of_logits = (step.lower(graph, f, *arguments).compile() for f in (True, False))
