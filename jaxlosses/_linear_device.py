@@ -195,6 +195,7 @@ class _Device:
         classes: How many classes this device's part of the kernel has.
         dtype: What is multiplied is cast to it; None if it stays as it is.
         in_one_pass: Whether maximum and sums are one reduction.
+        transposes_hidden: Whether hidden is transposed for its product with the cotangents.
     """
 
     layer: Layer
@@ -202,6 +203,7 @@ class _Device:
     classes: int
     dtype: Any
     in_one_pass: bool
+    transposes_hidden: bool
 
     @property
     def layout(self) -> Layout:
@@ -286,7 +288,12 @@ def _devices(
             plan = plan_blocks(*sizes, jnp.dtype(dtype or hidden.dtype).itemsize)
         # A GPU writes logits to memory, and reads them once more for each reduction.
         in_one_pass = platform == "default" and plan.count > 1 and not is_transpose
-        devices[platform] = _Device(layer, plan, classes, dtype, in_one_pass)
+        # A CPU multiplies rows by columns faster than columns by columns. A GPU does not care, and
+        # would hold one more array of hidden's size.
+        transposes_hidden = platform != "default" and plan.side == "classes"
+        devices[platform] = _Device(
+            layer, plan, classes, dtype, in_one_pass, transposes_hidden and is_transpose
+        )
     return devices
 
 
@@ -425,9 +432,8 @@ def _transpose_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list
     whole_hidden = hidden_transposed = None
     if cut_side == "classes":
         whole_hidden = _without(residuals.is_masked, residuals.hidden)
-        # A CPU multiplies rows by columns faster than columns by columns. Transposed once, before
-        # the loop, and not in every block.
-        hidden_transposed = jnp.moveaxis(whole_hidden, -1, 0)
+        if device.transposes_hidden:  # Once, before the loop, and not in every block.
+            hidden_transposed = jnp.moveaxis(whole_hidden, -1, 0)
 
     def settle(name: str, gradient: Array, masked: Array) -> Array:
         """A gradient in its own dtype, and its sum over the devices that have to add it up."""
