@@ -195,7 +195,7 @@ class LogProbs(NamedTuple):
     is_top: Array
 
 
-jax.export.register_namedtuple_serialization(LogProbs, serialized_name="jaxlosses.LogProbs")
+jax.export.register_namedtuple_serialization(LogProbs, serialized_name=f"{__package__}.LogProbs")
 
 
 @with_wide_labels
