@@ -80,20 +80,25 @@ def narrow_integers(name: str, ids: Any) -> Any:
     return np.asarray(np.clip(ids, limits.min, limits.max), narrow)
 
 
+def as_integers(name: str, value: ArrayLike) -> Array:
+    """An array of integers, of 32 bits at least; ``ValueError`` naming the argument otherwise."""
+    integers = as_array(name, value)
+    if not jnp.issubdtype(integers.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers, got dtype {integers.dtype}")
+    # Narrow ones could not be compared with the number of classes.
+    return integers if integers.dtype.itemsize >= 4 else integers.astype(jnp.int32)
+
+
 def as_class_ids(labels: ArrayLike, logits_shape: tuple[int, ...]) -> Array:
     """Labels of the logits' shape without the classes; ``ValueError`` if they are not."""
-    labels = as_array("labels", labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(f"labels must be integers, got dtype {labels.dtype}")
+    labels = as_integers("labels", labels)
     *shape, _ = logits_shape
     if list(labels.shape) not in (shape, [*shape, 1]):
         raise ValueError(
             f"labels must have the shape of the logits without the classes, {logits_shape[:-1]}, "
             f"got labels of shape {labels.shape} for logits of shape {logits_shape}"
         )
-    # Narrow integers could not be compared with the number of classes.
-    wide = labels if labels.dtype.itemsize >= 4 else labels.astype(jnp.int32)
-    return wide.reshape(logits_shape[:-1])
+    return labels.reshape(logits_shape[:-1])
 
 
 def class_ids(

@@ -113,7 +113,7 @@ class Layout:
         return self._reshard(x, PartitionSpec(*(old or new or None for new, old in pairs)))
 
     def _reshard(self, x: Array, spec: PartitionSpec) -> Array:
-        if self.mesh is None or not (explicit := _of_type(self.mesh, AxisType.Explicit)):
+        if self.mesh is None or not (explicit := axes_of_type(self.mesh, AxisType.Explicit)):
             return x
         kept = [tuple(n for n in _names(names) if n in explicit) or None for names in spec]
         return jax.sharding.reshard(x, NamedSharding(self.mesh, PartitionSpec(*kept)))
@@ -268,7 +268,7 @@ def plan_layout(
         *tokens, of_features = _padded(in_specs[0], hidden.ndim)
         features, classes = _padded(in_specs[1], 2)
         mapped = _not_manual(mesh)
-    elif not mesh.empty and (mapped := _of_type(mesh, AxisType.Explicit)):
+    elif not mesh.empty and (mapped := axes_of_type(mesh, AxisType.Explicit)):
         *tokens, of_features = _spec(hidden)
         features, classes = _spec(kernel)
     else:
@@ -285,7 +285,7 @@ def plan_layout(
         )
     if class_axis_name is not None:
         raise ValueError(
-            f"class_axis_name is for axes of the caller's own shard_map; where in_specs or an "
+            f"class_axis_name is for axes of a shard_map around the call; where in_specs or an "
             f"Explicit mesh say how arrays are sharded it must be None, got {class_axis_name!r}"
         )
     sizes = [
@@ -351,11 +351,12 @@ def _spec(x: Array) -> list[Names]:
     return _padded(jax.typeof(x).sharding.spec, x.ndim)
 
 
-def _of_type(mesh: Any, kind: AxisType) -> Names:
+def axes_of_type(mesh: Any, kind: AxisType) -> Names:
+    """The axes of a mesh that are of one type."""
     pairs = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, type_ in pairs if type_ is kind)
 
 
 def _not_manual(mesh: Any) -> Names:
     """The axes of a mesh but those over which the caller's ``shard_map`` maps already."""
-    return tuple(n for n in mesh.axis_names if n not in _of_type(mesh, AxisType.Manual))
+    return tuple(n for n in mesh.axis_names if n not in axes_of_type(mesh, AxisType.Manual))

@@ -357,14 +357,10 @@ def _last_layer(
     if logit_soft_cap is not None:
         # Outside of these limits, logits divided by the cap would underflow or overflow.
         logit_soft_cap = check_number("logit_soft_cap", logit_soft_cap, 1e-30, 1e30)
+    classes = kernel.shape[1]
     if in_specs is None:
         check_shards("kernel", kernel, class_axis_name)
-    elif class_axis_name is not None:
-        raise ValueError(
-            f"class_axis_name is for axes of a shard_map around the call; where in_specs say how "
-            f"arrays are sharded it must be None, got {class_axis_name!r}"
-        )
-    classes = kernel.shape[1] * num_shards(class_axis_name)
+        classes *= num_shards(class_axis_name)
     shape = (*hidden.shape[:-1], classes)
     if checks_labels:
         labels, weights = class_ids(labels, weights, shape, ignore_index)

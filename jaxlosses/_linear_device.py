@@ -290,10 +290,8 @@ def _devices(
         in_one_pass = platform == "default" and plan.count > 1 and not is_transpose
         # A CPU multiplies rows by columns faster than columns by columns. A GPU does not care, and
         # would hold one more array of hidden's size.
-        transposes_hidden = platform != "default" and plan.side == "classes"
-        devices[platform] = _Device(
-            layer, plan, classes, dtype, in_one_pass, transposes_hidden and is_transpose
-        )
+        transposes_hidden = is_transpose and platform != "default" and plan.side == "classes"
+        devices[platform] = _Device(layer, plan, classes, dtype, in_one_pass, transposes_hidden)
     return devices
 
 

@@ -10,7 +10,8 @@ from jax import Array, lax
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxlosses._kernel import align
-from jaxlosses._labels import narrow_integers
+from jaxlosses._labels import as_integers, narrow_integers
+from jaxlosses._layout import axes_of_type
 from jaxlosses._mean import WeightedMean
 from jaxlosses._regression import compute_weighted_loss
 from jaxlosses._typing import (
@@ -71,15 +72,11 @@ def segment_means(
         [2. 6.] [3. 1.] 4.0
     """
     losses = as_array("losses", losses)
-    ids = as_array("segment_ids", narrow_integers("segment_ids", segment_ids))
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"segment_ids must be integers, got dtype {ids.dtype}")
+    ids = as_integers("segment_ids", narrow_integers("segment_ids", segment_ids))
     if ids.shape != losses.shape:
         raise ValueError(f"segment_ids must have the losses' shape {losses.shape}, got {ids.shape}")
     if not 1 <= check_integer("num_segments", num_segments) < 2**31:
         raise ValueError(f"num_segments must be from 1 to 2**31 - 1, got {num_segments}")
-    # Narrow integers could not be compared with the number of segments.
-    ids = ids if ids.dtype.itemsize >= 4 else ids.astype(jnp.int32)
     weights = align(as_array("weights", keep_wide("weights", weights)), losses.shape)
     in_segment = (ids >= 0) & (ids < num_segments)
     weights = jnp.where(in_segment, weights, jnp.zeros_like(weights))
@@ -98,9 +95,7 @@ def segment_means(
 
     # A loss of no segment adds 0 to the first one. The count is exact because it is an integer.
     arrays = [losses, weights.astype(bool).astype(jnp.int32), jnp.where(in_segment, ids, 0)]
-    mesh = jax.typeof(losses).sharding.mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    explicit = tuple(name for name, kind in kinds if kind is AxisType.Explicit)
+    explicit = axes_of_type(jax.typeof(losses).sharding.mesh, AxisType.Explicit)
     # On an Explicit mesh JAX cannot tell how a sum by ids is sharded; there XLA decides, as on an
     # Auto mesh.
     if explicit:
