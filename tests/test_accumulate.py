@@ -151,6 +151,18 @@ class Sows(nn.Module):
         jlf.sow_loss(self, "xent", mean_of(params, batch, model=deep))
 
 
+def products_of_programs_that_agree(loss_fn):
+    """How many products the programs of microbatches and of the whole batch have."""
+    batch = draw()
+    accumulate = jax.jit(jl.accumulate_value_and_grad(loss_fn, 4))
+    program = accumulate.lower(PARAMS, batch).compile()
+    whole = jax.jit(jax.value_and_grad(lambda *a: loss_fn(*a).get_total_loss()))
+    whole_program = whole.lower(PARAMS, batch).compile()
+    ((total, _), grads), expected = program(PARAMS, batch), whole_program(PARAMS, batch)
+    chex.assert_trees_all_close((total, grads), expected, rtol=1e-5, atol=1e-6)
+    return num_products(program), num_products(whole_program)
+
+
 @pytest.mark.parametrize("name", MEANS_OF_DATA)
 def test_the_scan_for_counts_has_no_model(name):
     """These counts depend on data, so the compiler removes the model from this scan."""
@@ -158,14 +170,8 @@ def test_the_scan_for_counts_has_no_model(name):
     def loss_fn(params, batch):
         return jl.LossCollector().add_loss("loss", MEANS_OF_DATA[name](params, batch))
 
-    batch = draw()
-    accumulate = jax.jit(jl.accumulate_value_and_grad(loss_fn, 4))
-    program = accumulate.lower(PARAMS, batch).compile()
-    whole = jax.jit(jax.value_and_grad(lambda *a: loss_fn(*a).get_total_loss()))
-    whole_program = whole.lower(PARAMS, batch).compile()
-    assert num_products(program) == num_products(whole_program) > 0
-    ((total, _), grads), expected = program(PARAMS, batch), whole_program(PARAMS, batch)
-    chex.assert_trees_all_close((total, grads), expected, rtol=1e-5, atol=1e-6)
+    products, of_whole = products_of_programs_that_agree(loss_fn)
+    assert products == of_whole > 0
 
 
 def test_the_scan_for_counts_has_the_model_where_they_depend_on_it():
@@ -176,15 +182,9 @@ def test_the_scan_for_counts_has_the_model_where_they_depend_on_it():
         mean = mean_of(params, batch, model=deep, reduction="average_parts", weights=confidence)
         return jl.LossCollector().add_loss("confident", mean)
 
-    batch = draw()
-    accumulate = jax.jit(jl.accumulate_value_and_grad(loss_fn, 4))
-    program = accumulate.lower(PARAMS, batch).compile()
-    whole = jax.jit(jax.value_and_grad(lambda *a: loss_fn(*a).get_total_loss()))
-    whole_program = whole.lower(PARAMS, batch).compile()
-    forward = jax.jit(loss_fn).lower(PARAMS, batch).compile()
-    assert num_products(program) == num_products(whole_program) + num_products(forward)
-    ((total, _), grads), expected = program(PARAMS, batch), whole_program(PARAMS, batch)
-    chex.assert_trees_all_close((total, grads), expected, rtol=1e-5, atol=1e-6)
+    products, of_whole = products_of_programs_that_agree(loss_fn)
+    forward = jax.jit(loss_fn).lower(PARAMS, draw()).compile()
+    assert products == of_whole + num_products(forward)
 
 
 def test_scalars_that_modules_sow_are_refused():
