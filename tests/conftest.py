@@ -1,8 +1,8 @@
 """Strict JAX, on eight forced host devices of a CPU."""
 
 import gc
-import os
-import tempfile
+import platform
+import time
 
 import jax
 import pytest
@@ -13,8 +13,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Nearly all of the time goes into programs that run once. So XLA optimises its graph as always, and
-# makes the same kernels and buffers, but LLVM does not optimise the code of a kernel. No process
-# compiles what another one has compiled in the same run.
+# makes the same kernels and buffers, but LLVM does not optimise the code of a kernel. What has been
+# compiled once is in pytest's cache, for the other processes of a run and for the next runs.
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -23,12 +23,24 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 collect_ignore = ["record_tensorflow.py", "worker.py"]
 
 
+WEEK = 7 * 24 * 3600  # seconds
+
+
 def pytest_configure(config):
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        programs = tempfile.TemporaryDirectory()
-        config.add_cleanup(programs.cleanup)
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
-    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    programs = config.cache.mkdir(f"programs_{platform.node()}")  # They are for this machine's CPU.
+    jax.config.update("jax_compilation_cache_dir", str(programs))
+    if not hasattr(config, "workerinput"):  # The process that starts the others cleans up.
+        for program in programs.iterdir():
+            if time.time() - program.stat().st_mtime > WEEK:
+                program.unlink()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Neighbours stay together, because they share traces."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
 
 
 def pytest_collection_finish():
