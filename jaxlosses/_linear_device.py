@@ -229,7 +229,11 @@ class _Device:
         """The kernel of the classes of a block, from the prepared kernel."""
         if self.plan.side == "tokens":
             return kernel
-        return self._gather(block.take("classes", kernel, self.classes_axis))
+        part = block.take("classes", kernel, self.classes_axis)
+        if self.dtype is not None and part.dtype != self.dtype:
+            # Without a product in between, XLA casts the whole kernel before the loop and keeps it.
+            part = part * lax.optimization_barrier(jnp.ones((), part.dtype))
+        return self._gather(part)
 
     def _gather(self, kernel: Array) -> Array:
         # Cast before, so that fewer bytes are gathered.

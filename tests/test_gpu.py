@@ -112,12 +112,17 @@ def test_eight_gpus_talk_once(name):
     assert len(ours) <= len(theirs)
 
 
-def test_a_vocabulary_needs_one_block_of_logits():
-    shapes = (((8192, 4096), jnp.bfloat16), ((4096, 128256), jnp.bfloat16), ((8192,), jnp.int32))
+@pytest.mark.parametrize(
+    ("dtype", "ratio"), [(jnp.float32, 1.33), (jnp.bfloat16, 1.3)], ids=["f32", "bf16"]
+)
+def test_a_vocabulary_needs_one_block_of_logits(dtype, ratio):
+    """With a kernel in bfloat16 as hidden is, and with one in float32, Flax's usual pair."""
+    shapes = (((8192, 4096), jnp.bfloat16), ((4096, 128256), dtype), ((8192,), jnp.int32))
     whole = NamedSharding(mesh(1), PartitionSpec())
     arguments = [jax.ShapeDtypeStruct(*s, sharding=whole) for s in shapes]
 
     def through_logits(hidden, kernel, labels):
+        kernel = kernel.astype(hidden.dtype)
         logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
         return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
 
@@ -125,7 +130,7 @@ def test_a_vocabulary_needs_one_block_of_logits():
         compiled(jax.value_and_grad(loss, (0, 1)), arguments)
         for loss in (jl.linear_softmax_cross_entropy, through_logits)
     )
-    assert programs.count(ours).bytes <= 1.3 * programs.count(theirs).bytes
+    assert programs.count(ours).bytes <= ratio * programs.count(theirs).bytes
     assert ours.memory_analysis().temp_size_in_bytes < 640e6
 
 
