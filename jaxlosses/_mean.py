@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from jaxlosses._typing import as_array, precision
+from jaxlosses._typing import as_array, as_option, precision
 
 T = TypeVar("T")
 
@@ -195,4 +195,5 @@ def psum(tree: T, axis_name: Hashable) -> T:
 
     JAX 0.8 cannot transpose one ``psum`` of leaves of which some (counts) have no derivative.
     """
+    axis_name = as_option("axis_name", axis_name)
     return jax.tree.map(lambda leaf: jax.lax.psum(leaf, axis_name), tree)

@@ -251,6 +251,14 @@ def the_empty_collector_is_neutral(package: ModuleType) -> None:
     assert "metrics" in raises(losses.merge, empty.add_loss("loss", 1.0))
 
 
+def an_axis_is_summed_over_once(package: ModuleType) -> None:
+    """XLA would end the process."""
+    mean = package.WeightedMean(jnp.float32(6), jnp.float32(2))
+    for sums in (mean, package.LossCollector().add_loss("loss", mean)):
+        for call in (sums.psum, jax.jit(sums.psum, static_argnums=0)):
+            assert "('data', 'data')" in raises(call, ("data", "data"))
+
+
 LAWS = [
     value
     for value in list(vars().values())

@@ -695,6 +695,7 @@ def wrong_arguments_are_named(case: Case) -> None:
             continue
         for bad in (jnp.ones(3), np.ones(()), ["mean"], {"mean": 1}):
             assert name in raises(case.loss, *values, **{name: bad})
+    assert "once" in raises(case.loss, *values, axis_name=("data", "data"))
 
 
 def wide_integers_keep_their_size(case: Case) -> None:
