@@ -326,6 +326,17 @@ def _check_specs(in_specs: Any, mesh: Any, hidden: Array, kernel: Array) -> None
         known = _not_manual(mesh)
         if not set(axes) <= set(known):
             raise ValueError(f"in_specs of {name} must name axes of the mesh, {known}, got {spec}")
+        sharding = jax.typeof(x).sharding
+        explicit = axes_of_type(sharding.mesh, AxisType.Explicit)
+        told, shown = (
+            [tuple(n for n in names if n in explicit) for names in axes_of_x]
+            for axes_of_x in (_padded(spec, x.ndim), _spec(x))
+        )
+        if told != shown:
+            raise ValueError(
+                f"in_specs of {name} must be None or what the Explicit mesh shows, "
+                f"{sharding.spec}, got {spec}"
+            )
         for size, names in zip(x.shape, spec, strict=False):
             shards = math.prod(mesh.shape[n] for n in _names(names))
             if shards > 1 and size % shards:

@@ -109,8 +109,8 @@ def as_option(name: str, value: Any) -> Any:
     """``value`` as a Python value; ``ValueError`` naming the argument if it cannot be fixed."""
     if isinstance(value, Array) or not isinstance(value, Hashable):
         raise ValueError(
-            f"{name} must be a Python value, fixed when the program is compiled, "
-            f"got {value!r} of type {type(value).__name__}"
+            f"{name} must be a Python value, fixed when the program is compiled "
+            f"(a tuple, not a list), got {value!r} of type {type(value).__name__}"
         )
     if name.endswith("axis_name") and isinstance(value, tuple) and len({*value}) < len(value):
         # XLA would end the process.

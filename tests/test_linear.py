@@ -681,6 +681,7 @@ SPEC = PartitionSpec("data")
     [
         (SPEC, "in_specs must be a PartitionSpec of hidden and a PartitionSpec of kernel, got"),
         ((SPEC,), "in_specs must be a PartitionSpec of hidden and"),
+        ([SPEC, SPEC], "in_specs must be a Python value.* \\(a tuple, not a list\\)"),
         ((SPEC, "data"), "in_specs must be a PartitionSpec of hidden and.*'data'"),
         ((PartitionSpec("rows"), SPEC), r"in_specs of hidden must name axes.*'data'.*'rows'"),
         ((SPEC, PartitionSpec(None, "data")), r"equal shards.*\(6, 11\).*axis of 11 has 4 shards"),
@@ -692,6 +693,31 @@ def test_in_specs_are_checked(in_specs, message):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh), pytest.raises(ValueError, match=message):
         linear(hidden, kernel, labels, in_specs=in_specs)
+
+
+def test_in_specs_are_what_an_explicit_mesh_shows():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    rows, of_classes = PartitionSpec("data"), PartitionSpec(None, "model")
+    with jax.set_mesh(mesh):
+        hidden, kernel, labels = (
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in (
+                (jnp.ones((8, 4)), rows),
+                (jnp.ones((4, 16)), of_classes),
+                (jnp.zeros(8, int), rows),
+            )
+        )
+        for in_specs in (None, (rows, of_classes), (PartitionSpec("data", None), of_classes)):
+            chex.assert_trees_all_close(
+                linear(hidden, kernel, labels, in_specs=in_specs), np.log(16)
+            )
+        for name, in_specs in (
+            ("hidden", (PartitionSpec("model"), of_classes)),
+            ("kernel", (rows, PartitionSpec())),
+            ("kernel", (rows, PartitionSpec("data", "model"))),
+        ):
+            with pytest.raises(ValueError, match=f"in_specs of {name} must be None or what the"):
+                linear(hidden, kernel, labels, in_specs=in_specs)
 
 
 def test_in_specs_need_a_mesh_and_no_shard_map():
