@@ -2,46 +2,51 @@
 
 The conventions below hold for every loss.
 
-**Shapes.** Losses have shape ``[batch, d1, ..., dN]``. The inputs' shapes match exactly; nothing is
-broadcast.
+**Shapes.** Losses have shape ``[batch, d1, ..., dN]``. A position is one index into these axes. The
+inputs' shapes match exactly; nothing is broadcast.
 
-**Weights** are a scalar, or their axes match the leading axes of the losses, each equal or 1; a
-last axis of one beyond the losses' rank is dropped. Booleans and integers are weights, and negative
-weights count.
+**Weights** are a scalar, or aligned with the losses from the left: their axes match the leading
+axes of the losses, and each has the same length or length 1. A last axis of length 1 beyond the
+losses' rank is dropped. Weights may be booleans, integers or negative.
 
-**A zero weight means absent.** An absent loss, and what it was computed from, may be NaN, infinite
-or an impossible label, and touches neither value nor derivative. At a place that counts such values
-propagate. Weights are differentiable: the derivative is the loss at that place, at a weight of zero
-too unless the loss is not finite. The count is not differentiable.
+**A zero weight means absent.** A position counts if its weight is not zero. At an absent position,
+losses and inputs may be NaN, infinite or an impossible label (a class id outside of
+``[0, classes)``), and change neither the value nor a derivative. At a position that counts, such
+values propagate. Weights are differentiable: the derivative of ``sum(w * l)`` with respect to a
+weight is the loss, also where the weight is zero, if the loss there is finite (else 0). The count
+is not differentiable.
 
 **Reductions** of losses ``l`` with weights ``w``:
 
 =================  ===============================================================
 ``mean``           ``sum(w * l) / count(w != 0)``, 0 where nothing counts;
-                   TensorFlow's
-``average``        ``sum(w * l) / sum(w)``, 0 where ``sum(w)`` is 0;
-                   ``numpy.average``'s, and PyTorch's with class weights
+                   as in TensorFlow
+``average``        ``sum(w * l) / sum(w)``, 0 where ``sum(w)`` is 0; as in
+                   ``numpy.average``, and in PyTorch with class weights
 ``sum``            ``sum(w * l)``
-``none``           ``w * l``, unreduced; ``axis_name`` has nothing to sum
-``parts``          ``WeightedMean(sum(w * l), count(w != 0))``, to be merged
-``average_parts``  ``WeightedMean(sum(w * l), sum(w))``, to be merged
+``none``           ``w * l``, unreduced; ``axis_name`` has no effect
+``parts``          ``WeightedMean(sum(w * l), count(w != 0))``, the undivided
+                   ``mean``
+``average_parts``  ``WeightedMean(sum(w * l), sum(w))``, the undivided ``average``
 =================  ===============================================================
 
-With ``axis_name``, sum and count run over that mapped axis (or axes) as well.
+``axis_name`` names mapped axes (of ``shard_map`` or ``vmap``); sums and counts are then over the
+members of these axes too.
 
-**Infinite logits** are classes that are certain or ruled out: to be right costs 0, to be wrong
-infinity, and gradients are those of a large logit. There, derivatives of labels and of z-losses are
-taken as 0. Equal infinities that are the largest logits of a row share the probability.
+**Infinite logits** mean that a class is certain (plus infinity) or ruled out (minus infinity). The
+loss is 0 if that is right and infinity if it is wrong, and the gradient is that of a large finite
+logit. The derivatives with respect to labels and of z-losses are taken as 0 there. If several
+logits of a row are the largest one and infinite, they share the probability.
 
-**Dtypes.** Arithmetic and results are float32, or float64 where an input or an array of weights is;
-a Python number asks for neither. Integers and booleans are read as numbers of that precision.
-Gradients have the dtype of what they belong to.
+**Dtypes.** Arithmetic and results are in float32, or in float64 if an input or an array of weights
+is float64; a Python number does not change the dtype. Integers and booleans are converted to it.
+A gradient has the dtype of the argument that it belongs to.
 
-**Options** (all that is keyword-only and no array) are Python values, fixed when a program is
-compiled. Those of a function that :func:`weighted` lifts may be traced.
+**Options** (keyword-only arguments that are not arrays) are Python values and static under
+``jax.jit``. Options of a function lifted by :func:`weighted` may be traced.
 
-**Errors.** An argument that cannot be meant raises a ``ValueError`` that names it. A wrong call (an
-unknown keyword, a missing argument) raises a ``TypeError`` that names the function.
+**Errors.** An invalid argument raises a ``ValueError`` that names it. A wrong call (an unknown
+keyword, a missing argument) raises a ``TypeError`` that names the function.
 """
 
 from importlib.metadata import version as _version

@@ -1,6 +1,6 @@
 """Exact means over microbatches, and batches padded to a fixed size.
 
-A step of training may not have the memory for its whole batch. Here it takes one microbatch after
+The whole batch of a training step may not fit into memory. Here one microbatch is computed after
 the other, and value and gradient are still those of the whole batch. A batch that is too short is
 padded with rows of weight zero, which change no mean.
 """
@@ -43,26 +43,26 @@ def accumulate_value_and_grad(
     = \sum_m \sum_k \frac{1}{C_k} \left(\nabla t_{km} - \frac{T_k}{C_k} \nabla c_{km}\right),
     \quad T_k = \sum_m t_{km},\ C_k = \sum_m c_{km}$$
 
-    of losses $k$ with totals $t$ and counts $c$ in microbatches $m$. Each loss has a count of its
-    own, so no single factor for the gradient of a microbatch would be right. Two scans over the
-    microbatches do it. The first one adds up totals and counts, the second one adds up gradients.
+    for losses $k$ with totals $t$ and counts $c$ in microbatches $m$. Each loss has its own count,
+    so no single factor for the gradient of a microbatch would be right. There are two scans over
+    the microbatches: the first adds up totals and counts, the second adds up gradients.
 
-    If counts depend on the data and not on parameters, their gradients are zero, and nothing needs
-    the totals of the first scan. Inside of ``jax.jit`` the compiler then removes the model from it.
-    (It cannot remove a ``lax.cond``. A model within one has its forward pass run twice.) If counts
-    depend on parameters, as with ``"average_parts"`` and learned weights, value and gradient are
-    still those of the whole batch, and the forward pass runs twice.
+    If counts depend on the data and not on parameters, their gradients are zero, and the totals of
+    the first scan are not needed. Inside of ``jax.jit`` the compiler then removes the model from
+    the first scan. (It cannot remove a ``lax.cond``: the forward pass of a model within one runs
+    twice.) If counts depend on parameters, as with ``"average_parts"`` and learned weights, value
+    and gradient are still those of the whole batch, and the forward pass runs twice.
 
     A loss must be undivided, because the mean of the microbatches' means is not the mean of the
-    batch. So a scalar is refused. One that is no such mean is added as ``WeightedMean(value, 1)``;
-    its value is the mean over the microbatches. A regularization loss may be a scalar, and must
-    then be the same in all microbatches: it depends on parameters alone.
+    batch. So a scalar is refused. A scalar that is not a mean over rows is added as
+    ``WeightedMean(value, 1)``; the result is its mean over the microbatches. A regularization loss
+    may be a scalar, because it depends on parameters only; it must be the same in all microbatches.
 
     State that a model changes in a forward pass, such as batch statistics, is returned as ``aux``.
     Every microbatch begins with the state that ``loss_fn`` closes over, and ``aux`` has the state
     after each of them. The mean of these states is what one step with the mean of the microbatches'
     statistics gives (for a variance, the mean of the variances within the microbatches). The
-    page on microbatches shows it, for linen and for nnx.
+    page on microbatches shows this for linen and for nnx.
 
     Args:
         loss_fn: ``loss_fn(params, microbatch)`` returns a ``LossCollector``, or with ``has_aux`` a
@@ -87,11 +87,11 @@ def accumulate_value_and_grad(
     Raises:
         ValueError: if ``loss_fn`` is not a function or ``num_microbatches`` not a positive integer.
             The returned function raises it if a parameter is not real and floating-point, if the
-            batch holds anything but numbers and keys, if its leading axes differ or are not a
-            multiple of ``num_microbatches``, if ``key`` is not a single key, if ``loss_fn`` does
-            not return a ``LossCollector`` (with ``has_aux``, a pair), if it adds a scalar as a loss
-            or a metric although there are several microbatches, or if a loss has an axis over the
-            rows of the batch, so that the microbatches cannot be added up.
+            batch holds anything but numbers and keys, if its leading axes differ in length or are
+            not a multiple of ``num_microbatches``, if ``key`` is not a single key, if ``loss_fn``
+            does not return a ``LossCollector`` (with ``has_aux``, a pair), if it adds a scalar as a
+            loss or a metric although there are several microbatches, or if a loss has an axis over
+            the rows of the batch, so that the microbatches cannot be added up.
 
     Example:
         >>> import jax.numpy as jnp
@@ -121,7 +121,7 @@ class _ValueAndGrad:
     has_aux: bool
 
     def __post_init__(self) -> None:
-        # As of jax.value_and_grad's result, tools read its name and source.
+        # For tools that read the name and the source, as of the result of jax.value_and_grad.
         functools.update_wrapper(self, self.loss_fn, updated=())
 
     @checked_call
@@ -129,7 +129,7 @@ class _ValueAndGrad:
         self, params: Any, batch: Any, *, key: Any = None
     ) -> tuple[tuple[Array, Any], Any]:
         _check_params(params)
-        # Each is a tuple of what the loss function takes after the parameters.
+        # The arguments of loss_fn after the parameters, with an axis of microbatches in front.
         microbatches = (_split(batch, self.num_microbatches),)
         if key is not None:
             microbatches += (jax.random.split(_check_key(key), self.num_microbatches),)
@@ -187,11 +187,11 @@ class _ValueAndGrad:
 def pad_batch(batch: Any, size: int) -> tuple[Any, Any]:
     """A smaller batch padded to a fixed size, and weights that are zero for the added rows.
 
-    So the last batch of a dataset has the shape of the others, and no program is compiled for it.
+    Then the last batch of a dataset has the shape of the others, and nothing is compiled again.
 
     Args:
-        batch: A pytree of arrays of numbers whose leading axes have one length. NumPy arrays stay
-            NumPy arrays.
+        batch: A pytree of arrays of numbers whose leading axes have the same length. NumPy arrays
+            stay NumPy arrays.
         size: The length to pad this axis to, with zeros at the end.
 
     Returns:
@@ -233,8 +233,8 @@ def _check_params(params: Any) -> None:
         array = as_array(name, leaf)
         if not is_float(array):
             raise ValueError(
-                f"{name} must be floating-point to have a gradient, got dtype {array.dtype}; what "
-                f"has none can be a part of the batch or known to loss_fn"
+                f"{name} must be floating-point to have a gradient, got dtype {array.dtype}; put "
+                f"what needs no gradient into the batch, or let loss_fn close over it"
             )
 
 
@@ -243,14 +243,14 @@ def _num_rows(batch: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     named = {f"batch{jax.tree_util.keystr(path)}": leaf for path, leaf in leaves}
     for name, leaf in named.items():
-        # Every array of JAX holds numbers or keys; one of NumPy may hold strings or objects.
+        # A JAX array holds numbers or keys; a NumPy array may hold strings or objects.
         dtype = leaf.dtype if isinstance(leaf, Array) else np.asarray(leaf).dtype
         kinds = (jnp.number, jnp.bool_, jax.dtypes.prng_key)
         if not any(jnp.issubdtype(dtype, kind) for kind in kinds):
             raise ValueError(f"{name} must be an array of numbers or keys, got dtype {dtype}")
     sizes = {name: jnp.shape(leaf)[:1] for name, leaf in named.items()}
     if len(set(sizes.values())) != 1 or () in sizes.values():
-        raise ValueError(f"batch must have arrays with leading axes of one length, got {sizes}")
+        raise ValueError(f"batch must have leading axes of the same length, got {sizes}")
     return next(iter(sizes.values()))[0]
 
 
@@ -268,10 +268,10 @@ def _split(batch: Any, num_microbatches: int) -> Any:
         has_integers = isinstance(whole, np.ndarray) and whole.dtype.kind in "iu"
         if has_integers and np.any(whole.astype(leaf.dtype) != whole):
             raise ValueError(
-                f"batch{jax.tree_util.keystr(path)} must hold integers of {leaf.dtype}, to which "
-                f"JAX cuts them, got integers from {whole.min()} to {whole.max()}"
+                f"batch{jax.tree_util.keystr(path)} must hold integers that fit into {leaf.dtype}, "
+                f"to which JAX truncates them, got integers from {whole.min()} to {whole.max()}"
             )
-        # This order leaves every row on its device where rows are sharded.
+        # In this order, every row stays on its device if rows are sharded.
         split = leaf.reshape(rows // num_microbatches, num_microbatches, *leaf.shape[1:])
         return jnp.swapaxes(split, 0, 1)
 
@@ -279,7 +279,7 @@ def _split(batch: Any, num_microbatches: int) -> Any:
 
 
 def _check_axes(whole: LossCollector, full: LossCollector) -> None:
-    """``ValueError`` naming a loss whose axis is the rows, so that microbatches cannot be added.
+    """``ValueError`` naming a loss with an axis over the rows, whose microbatches cannot be added.
 
     Its sum over the microbatches has another shape than the loss of the full batch.
     """
@@ -289,13 +289,13 @@ def _check_axes(whole: LossCollector, full: LossCollector) -> None:
             if jnp.shape(mean.total) != shape:
                 raise ValueError(
                     f"{name} must not have an axis over the rows of the batch, got shape "
-                    f"{jnp.shape(mean.total)} for a microbatch and {shape} for the batch; .macro() "
-                    f"is the mean over the elements of a mean"
+                    f"{jnp.shape(mean.total)} for a microbatch and {shape} for the batch; add "
+                    f"mean.macro(), the mean over its elements"
                 )
 
 
 def _check_key(key: Any) -> Any:
-    """``key``; ``ValueError`` unless it is a single key, of the new kind or the old one."""
+    """``key``; ``ValueError`` unless it is a single key, typed or of uint32 numbers."""
     got = type(key).__name__
     if isinstance(key, Array):
         got = f"shape {key.shape} and dtype {key.dtype}"
@@ -309,8 +309,8 @@ def _part_of_mean(part: WeightedMean, whole: WeightedMean) -> WeightedMean:
     """What one microbatch adds to the gradient of a mean over all of them.
 
     The derivative of ``T / C`` is ``(dT - mean * dC) / C``, where ``dT`` and ``dC`` are sums over
-    the microbatches. If the count does not depend on what is differentiated, JAX knows that ``dC``
-    is zero, and nothing asks for ``mean``.
+    the microbatches. If the count does not depend on the parameters, JAX knows that ``dC`` is zero
+    and ``mean`` is not needed.
     """
     mean = divide(whole.total, whole.count)
     total = part.total - mean * jnp.asarray(part.count, mean.dtype)

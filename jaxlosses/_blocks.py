@@ -22,10 +22,10 @@ Side = Literal["tokens", "classes"]
 Platform = Literal["cpu", "tpu", "default"]
 PLATFORMS: tuple[Platform, ...] = get_args(Platform)
 
-# What the logits of one block take in memory, in bytes. On a CPU they stay in the cache. The others
-# have fast products, for which a small block has too little to do; "default" is a GPU.
+# How many bytes the logits of one block take. On a CPU they stay in the cache. TPUs and GPUs
+# ("default") need larger blocks to be busy, because they multiply fast.
 _BLOCK_BYTES: dict[Platform, int] = {"cpu": 2**23, "tpu": 2**26, "default": 2**28}
-# Sizes that are a multiple of these fit the units that multiply.
+# Sizes that are a multiple of these fit the matrix units of the hardware.
 _MULTIPLES: dict[Platform, int] = {"cpu": 1, "tpu": 128, "default": 8}
 # In a smaller block, reading hidden and kernel takes longer than multiplying them.
 _FEWEST: dict[Side, int] = {"tokens": 256, "classes": 1024}
@@ -35,14 +35,14 @@ _FEWEST: dict[Side, int] = {"tokens": 256, "classes": 1024}
 class BlockPlan:
     """How an axis of tokens or of classes is cut into blocks.
 
-    There are ``count`` blocks of ``length`` places, and a shorter one of the ``rest``.
+    There are ``count`` blocks of ``length`` positions, and a shorter one of the ``rest``.
 
     Attributes:
-        side: Which side is cut.
-        axis: Which of the tokens' axes is cut, if the side is that of the tokens.
-        length: How many places of that axis a block has.
+        side: Whether tokens or classes are cut.
+        axis: Which of the tokens' axes is cut, if tokens are cut.
+        length: How many positions of that axis a block has.
         count: How many blocks have this length.
-        rest: How many places are left for a shorter last block.
+        rest: How many positions are left for a shorter last block.
     """
 
     side: Side
@@ -65,11 +65,11 @@ class BlockPlan:
 
 @dataclasses.dataclass(frozen=True)
 class BlockSlice:
-    """One block of a plan: ``length`` places of the axis that is cut, from ``start`` on.
+    """One block of a plan: ``length`` positions of the axis that is cut, from ``start`` on.
 
-    Its methods say of an array which side it has. For an array of classes they say also which of
-    its axes is that of the classes; in an array of tokens, the tokens' axes come first. An array
-    without the side that is cut is whole in every block.
+    The argument ``side`` of its methods says whether an array has tokens or classes. For an array
+    with classes, ``axis`` says which axis is that of the classes; in an array with tokens, the
+    tokens' axes come first. If that side is not the one that is cut, a block has the whole array.
     """
 
     plan: BlockPlan
@@ -140,7 +140,7 @@ def plan_blocks(
         tokens: The sizes of the tokens' axes; none if there is one token.
         features: How many features a token has.
         part: How many classes a part of the kernel has.
-        shards: How many such parts there are; a block takes of each part alike.
+        shards: How many such parts there are; a block takes as many classes from each part.
         block_size: What was asked for.
         platform: Which kind of machine it is for.
         itemsize: How many bytes a logit takes.
@@ -160,7 +160,7 @@ def plan_blocks(
         rows = _near(num_tokens, logits // classes, "tokens", features, _MULTIPLES[platform])
     else:
         wanted = logits // max(num_tokens, 1) if is_fixed else 0
-        # Gathered parts lie one behind the other, so that there are few rules for their size.
+        # Gathered parts are concatenated, so the size of each can be a smaller multiple.
         multiple = _MULTIPLES[platform] if shards == 1 else 16
         columns = _near(part, wanted, "classes", features, multiple, shards)
     if rows is None or not is_fixed or not num_tokens or not tokens:
@@ -172,7 +172,7 @@ def plan_blocks(
 
 
 def _near(size: int, wanted: int, side: Side, features: int, multiple: int, shards: int = 1) -> int:
-    """A length of blocks near the wanted one, which cuts ``size`` without a rest if possible."""
+    """A length of blocks near the wanted one, a divisor of ``size`` if possible."""
     # Each block rewrites sums that are as long as the features. In a shorter block these would be
     # more numbers than its logits.
     wanted = max(wanted, _FEWEST[side], features // 2) // shards
@@ -193,8 +193,8 @@ def matmul(
 ) -> Array:
     """The sum of products over some axes of ``x`` and of ``y``, in float32 at least.
 
-    Both are multiplied in ``dtype``, or in their own dtype, or where they differ in float32; as
-    exactly as ``precision`` says, which is one of JAX.
+    Both are cast to ``dtype``; without it, to float32 if their dtypes differ. ``precision`` is that
+    of ``jax.lax.dot_general``.
     """
     wide = precision_of(x, y)
     common = dtype or (x.dtype if x.dtype == y.dtype else wide)

@@ -66,8 +66,7 @@ def log_loss(
     $$l = -y \log(p + \epsilon) - (1 - y) \log(1 - p + \epsilon)$$
 
     Nothing is clipped: a prediction beyond $[-\epsilon, 1 + \epsilon]$ gives NaN, as in TensorFlow.
-    The limit of $y \log y$ at 0 is taken as its value, so that a perfect fit costs 0 without an
-    epsilon too.
+    $0 \log 0$ is taken as 0, so that a perfect prediction has loss 0 also if epsilon is 0.
 
     Args:
         predictions: Probabilities ``[batch, d1, ..., dN]``.
@@ -97,7 +96,7 @@ def log_loss(
     epsilon = check_number("epsilon", epsilon)
 
     def formula(p: Array, y: Array) -> Array:
-        # XLA would add 1 and epsilon first, whose sum has one digit of epsilon left.
+        # XLA would compute (1 + epsilon) - p, and 1 + epsilon has one correct digit of epsilon.
         info = jnp.finfo(p.dtype)
         complement = jax.lax.reduce_precision(1 - p, info.nexp, info.nmant)
         return -times_log(y, p + epsilon) - times_log(1 - y, complement + epsilon)
@@ -214,11 +213,11 @@ def softmax_cross_entropy(
     $$l = -\sum_c y_c \log \text{softmax}(x)_c + z \left(\log \sum_c e^{x_c}\right)^2,
     \quad y_c \leftarrow y_c (1 - s) + s / C$$
 
-    A logit of minus infinity where the label is 0 is a class ruled out, and costs nothing. With
-    label smoothing no label is 0.
+    A logit of minus infinity rules a class out: it adds 0 to the loss if the label is 0, and
+    infinity if not. With label smoothing no label is 0.
 
-    A row of labels that are all 0 (the one-hot of -100, or of a place to ignore) has no class, and
-    counts as a loss of 0. To make such places absent, weigh each by the sum of its labels.
+    A row of labels that are all 0 (such as the one-hot encoding of -100) still counts. To make such
+    positions absent, pass ``weights=labels.sum(-1)``.
 
     Args:
         logits: Real numbers ``[batch, d1, ..., dN, classes]``.
@@ -230,7 +229,7 @@ def softmax_cross_entropy(
             ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
         class_axis_name: Mapped axes (of ``shard_map``) over whose members the classes are sharded,
-            in order. Logits and labels are then a member's own classes.
+            in this order. Logits and labels then have only a member's own classes.
 
     Returns:
         The reduced loss, float32 at least.
@@ -284,18 +283,18 @@ def sparse_softmax_cross_entropy(
     axis_name: AxisName = None,
     class_axis_name: AxisName = None,
 ) -> Result:
-    r"""Cross-entropy of class logits against one class each, in nats.
+    r"""Cross-entropy of class logits against integer labels, in nats.
 
     $$l = \log \sum_c e^{x_c} - (1 - s)\, x_y - \frac{s}{C} \sum_c x_c
     + z \left(\log \sum_c e^{x_c}\right)^2$$
 
     A label outside of ``[0, classes)`` gives NaN in value and gradient where its weight is not
-    zero, and ``checkify.checkify`` of whatever calls this reports the label. NumPy labels of 64
-    bits are checked as they are; inside of your own ``jax.jit`` JAX has cut them to 32 bits before.
+    zero, and ``checkify.checkify`` around the call reports the label. 64-bit NumPy labels are
+    checked before JAX truncates them to 32 bits, but inside of your own ``jax.jit`` it already has.
 
     Args:
         logits: Real numbers ``[batch, d1, ..., dN, classes]``.
-        labels: Integers ``[batch, d1, ..., dN]``, or with a last axis of one more.
+        labels: Integers ``[batch, d1, ..., dN]`` or ``[batch, d1, ..., dN, 1]``.
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
         label_smoothing: The $s$ above, from 0 to 1.
         z_loss: The $z$ above, not negative; keeps the logits from drifting.
@@ -304,7 +303,8 @@ def sparse_softmax_cross_entropy(
             ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
         class_axis_name: Mapped axes (of ``shard_map``) over whose members the classes are sharded,
-            in order. Logits are then a member's own classes, and labels are among all classes.
+            in this order. Logits then have only a member's own classes; labels are ids among the
+            classes of all members.
 
     Returns:
         The reduced loss, float32 at least.
@@ -312,7 +312,7 @@ def sparse_softmax_cross_entropy(
     Raises:
         ValueError: if the labels are not integers of the logits' shape without the classes, there
             is no class, the weights do not align, ``label_smoothing`` is outside of [0, 1],
-            ``z_loss`` is negative, ``ignore_index`` is no value of the labels' dtype, or
+            ``z_loss`` is negative, ``ignore_index`` does not fit the labels' dtype, or
             ``class_axis_name`` and ``axis_name`` share an axis.
 
     References:
@@ -358,6 +358,7 @@ def _check_classes(logits: Array, axis_name: AxisName, class_axis_name: AxisName
     if set(axis_names(axis_name)) & set(axis_names(class_axis_name)):
         raise ValueError(
             f"class_axis_name must be other axes than axis_name, because members that share the "
-            f"classes of a loss must not add it up; got {class_axis_name!r} and {axis_name!r}"
+            f"classes of a loss would each add the whole loss; got class_axis_name="
+            f"{class_axis_name!r} and axis_name={axis_name!r}"
         )
     check_shards("logits", logits, class_axis_name)

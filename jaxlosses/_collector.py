@@ -1,6 +1,6 @@
-"""Named losses in a value that functions take and return.
+"""A collection of named losses, a value that functions take and return.
 
-TensorFlow collected losses in a global collection of the graph; JAX's functions are pure.
+TensorFlow keeps losses in a global collection of the graph, but functions in JAX are pure.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from jaxlosses._typing import as_array, as_floats
 
 TOTAL = "total_loss"  # The name of the sum for loggers; no loss can have it.
 
-# What a collector has: its attributes, and the first keys of its pytree.
+# The attributes of a collector, and the first keys of its pytree.
 KINDS = ("losses", "regularization_losses", "metrics")
 
-# Whether these are the losses of one of several microbatches. JAX traces a function again where the
-# value is another one, so that no cached program escapes it.
+# Whether the losses are those of one of several microbatches. JAX traces a function again if this
+# value changes, so a cached program cannot skip the check.
 is_microbatch = jax.make_user_context(False)
 
 
@@ -44,17 +44,17 @@ class LossCollector:
     ``cond`` and ``vmap``, through ``jax.export`` and into checkpoints (of ``flax.serialization``
     once ``jaxlosses.flax`` is imported). The sum of collectors (of microbatches, batches or
     devices) has the exact mean of each loss over all of them. The empty collector is neutral:
-    ``sum(collectors, LossCollector())`` works. A ``scan`` asks for one structure from its start on
-    and starts from ``jax.tree.map(jnp.zeros_like, losses)``.
+    ``sum(collectors, LossCollector())`` works. The carry of a ``scan`` keeps its structure, so it
+    starts from ``jax.tree.map(jnp.zeros_like, losses)``.
 
     The value of a loss is a scalar, an array of losses, all of which count, or a ``WeightedMean``,
-    which has a count of its own. A scalar counts 1, so that the sum of collectors has the mean of
-    the scalars. (If these are means of batches, it is a mean of means. Add undivided means.) A
-    ``WeightedMean`` may have axes (the layers of a ``scan``): each element is then a loss of its
-    own, and the total loss is their sum. ``mean.macro()`` is the mean over the elements. A loss
-    with a coefficient is ``add_loss(name, coefficient * mean)``.
+    which has its own count. A scalar counts 1, so that the sum of collectors has the mean of the
+    scalars. (If these are means of batches, this is a mean of means; add undivided means instead.)
+    A ``WeightedMean`` may have axes (the layers of a ``scan``): each element is then its own loss,
+    and the total loss is their sum. ``mean.macro()`` is the mean over the elements. A loss with a
+    coefficient is ``add_loss(name, coefficient * mean)``.
 
-    Metrics are kept and added up in the same way, and are no part of the total loss.
+    Metrics are kept and added up in the same way, and are not part of the total loss.
 
     Example:
         >>> import jax.numpy as jnp
@@ -114,14 +114,14 @@ class LossCollector:
         return self._with("losses", name, value)
 
     def add_regularization_loss(self, name: str, value: ArrayLike | WeightedMean) -> LossCollector:
-        """This collector with one more loss of the parameters; as :meth:`add_loss`.
+        """This collector with one more regularization loss; as :meth:`add_loss`.
 
-        A scalar is the same in every microbatch, so that it is not refused there.
+        A scalar is allowed in microbatches too, because it is the same in all of them.
         """
         return self._with("regularization_losses", name, value)
 
     def add_metric(self, name: str, value: ArrayLike | WeightedMean) -> LossCollector:
-        """This collector with one more metric; as :meth:`add_loss`, but no part of the total loss.
+        """This collector with one more metric; as :meth:`add_loss`, but not in the total loss.
 
         Example:
             >>> import jax.numpy as jnp
@@ -138,8 +138,8 @@ class LossCollector:
         """This collector with one more regularization loss for each pattern, named by the pattern.
 
         Args:
-            params: Any pytree of parameters (of linen, of nnx, of your own). What Flax wraps arrays
-                in, variables of nnx and boxes of linen, adds nothing to their paths.
+            params: Any pytree of parameters (of linen, of nnx, of your own). Flax's wrappers of
+                arrays (variables of nnx, boxes of linen) add nothing to the paths.
             regularizers: A mapping from patterns to functions. A pattern is a regular expression
                 that is searched for in the path of every floating-point parameter, joined by "/"
                 (``encoder/dense/kernel``). The loss is the sum of the function's values for the
@@ -159,12 +159,15 @@ class LossCollector:
         """
         if not isinstance(regularizers, Mapping):
             raise ValueError(
-                f"regularizers must be a mapping of patterns, got {type(regularizers).__name__}"
+                f"regularizers must be a mapping from patterns to functions, "
+                f"got {type(regularizers).__name__}"
             )
         collector = self
         for pattern, regularizer in regularizers.items():
             if not callable(regularizer):
-                raise ValueError(f"the regularizer of {pattern!r} must be a function")
+                raise ValueError(
+                    f"the regularizer of {pattern!r} must be a function, got {regularizer!r}"
+                )
             values = [
                 as_array(f"what the regularizer of {pattern!r} returns", regularizer(leaf))
                 for leaf in matching_parameters(params, pattern)
@@ -179,7 +182,7 @@ class LossCollector:
         return collector
 
     def get_losses(self, scope: str | None = None) -> dict[str, Array]:
-        """The value of each loss by name, without the regularization.
+        """The value of each loss by name, without the regularization losses.
 
         Args:
             scope: Keep the names that start with a match of this regular expression.
@@ -216,9 +219,9 @@ class LossCollector:
         return sum((jnp.sum(v.astype(dtype)) for v in values), jnp.zeros((), dtype))
 
     def merge(self, other: LossCollector) -> LossCollector:
-        """The means over all losses that either has counted; ``losses + other`` is the same.
+        """The mean of each loss over both collectors; ``losses + other`` is the same.
 
-        Merged with an empty collector, which has no names, a collector is what it is.
+        To merge with an empty collector, which has no names, changes nothing.
 
         Raises:
             ValueError: if ``other`` is not a ``LossCollector`` of the same names and shapes, saying
@@ -234,14 +237,16 @@ class LossCollector:
             mine, theirs = getattr(self, kind), getattr(other, kind)
             if mine.keys() != theirs.keys():
                 raise ValueError(
-                    f"only collectors of the same {kind} can be merged; "
+                    f"other must have the same {kind} to be merged; "
                     f"only the first has {sorted(mine.keys() - theirs.keys())}, "
                     f"only the second has {sorted(theirs.keys() - mine.keys())}"
                 )
             for name in mine:
                 shapes = [jnp.shape(means[name].total) for means in (mine, theirs)]
                 if shapes[0] != shapes[1]:
-                    raise ValueError(f"{name} must have one shape to be merged, got {shapes}")
+                    raise ValueError(
+                        f"{name} must have the same shape in both collectors, got {shapes}"
+                    )
             merged[f"_{kind}"] = {name: mean + theirs[name] for name, mean in mine.items()}
         return LossCollector(**merged)
 
@@ -303,7 +308,7 @@ class LossCollector:
 
     @classmethod
     def tree_unflatten(cls, _: None, children: Iterable[Any]) -> LossCollector:
-        """A collector of any leaves, which JAX may put there; so nothing is checked."""
+        """A collector, unchecked, because JAX may put leaves there that are not arrays."""
         return cls(*children)
 
     def _all_means(self) -> dict[str, WeightedMean]:
@@ -318,7 +323,7 @@ class LossCollector:
                 f"name {name!r} is taken; every loss and metric needs a name of its own"
             )
         means = {**getattr(self, kind), name: as_mean(kind, name, value)}
-        # In the order in which jit returns them: the structure of a pytree includes the order.
+        # Sorted, as jit returns dictionaries: the order is part of the structure of a pytree.
         return dataclasses.replace(self, **{f"_{kind}": dict(sorted(means.items()))})
 
 
@@ -328,7 +333,7 @@ def as_mean(kind: str, name: str, value: ArrayLike | WeightedMean) -> WeightedMe
     Raises:
         ValueError: naming the loss, if the value is not a real array or number; if the count of a
             ``WeightedMean`` does not have the shape of its total; or if it is a scalar in one of
-            several microbatches, and no regularization loss.
+            several microbatches, and not a regularization loss.
     """
     if not isinstance(value, WeightedMean):
         losses = as_floats(**{name: value})
@@ -336,8 +341,8 @@ def as_mean(kind: str, name: str, value: ArrayLike | WeightedMean) -> WeightedMe
             raise ValueError(
                 f"{name} must be undivided where a batch has several microbatches, because the "
                 f"mean of their means is not the mean of the batch, got a scalar; add an array of "
-                f"losses, what a loss gives with reduction='parts' or 'average_parts', or "
-                f"WeightedMean(value, 1) if the mean over the microbatches is meant"
+                f"losses, the result of a loss with reduction='parts' or 'average_parts', or "
+                f"WeightedMean(value, 1) for the mean over the microbatches"
             )
         return reduce_losses(lambda x: x, losses, 1.0, reduction="parts", axis_name=None)
     parts = as_floats(**{f"{name}.total": value.total, f"{name}.count": value.count})

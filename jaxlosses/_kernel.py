@@ -34,7 +34,7 @@ def reduce_losses(
     """Weigh and reduce the losses ``formula(*inputs)``.
 
     Args:
-        formula: The losses, each from its own place of the inputs.
+        formula: The losses, each from its own position of the inputs.
         inputs: Arrays that begin with the losses' axes. Floating-point inputs reach the formula in
             the precision of the result, integers (class ids) as they are.
         weights: Weights as the caller gave them.
@@ -95,7 +95,7 @@ def reduce_weighted(
 
 @jax.custom_jvp
 def _sum_of_weights(weights: Array, losses: Array) -> Array:
-    """The sum of the weights, each as often as it weighs a loss.
+    """The sum of the weights after they are broadcast to the shape of the losses.
 
     The derivative with respect to a weight of zero is 0 where the loss is not finite, as it is for
     the sum of the weighted losses.

@@ -34,10 +34,10 @@ _MESSAGE = "labels must be in [0, {classes}) where they count, got {label}"
 
 
 def with_wide_labels(loss: Callable[P, R]) -> Callable[P, R]:
-    """The loss, for NumPy labels of 64 bits too, which JAX would narrow without a look.
+    """The loss, which checks 64-bit NumPy labels too, although JAX truncates them to 32 bits.
 
-    JAX keeps their lower 32 bits, so that 2**32 + 1 would be class 1. Here what does not fit
-    becomes the nearest number that does, which is no class.
+    JAX keeps the lower 32 bits, so that 2**32 + 1 would be class 1. Here a label that does not fit
+    is clipped to the nearest number that does, which is not a class.
     """
     position = list(inspect.signature(loss).parameters).index("labels")
 
@@ -54,7 +54,7 @@ def with_wide_labels(loss: Callable[P, R]) -> Callable[P, R]:
 
 
 def _narrow_labels(labels: Any, options: dict[str, Any]) -> Any:
-    """Labels in the dtype that JAX gives them; an impossible one is not ignored for that."""
+    """Labels in the dtype that JAX gives them; a clipped one is never equal to ignore_index."""
     narrow, ignored = narrow_integers("labels", labels), options.get("ignore_index")
     if narrow is labels or not is_integer(ignored):
         return narrow
@@ -63,7 +63,7 @@ def _narrow_labels(labels: Any, options: dict[str, Any]) -> Any:
 
 
 def narrow_integers(name: str, ids: Any) -> Any:
-    """NumPy and Python integers in the dtype that JAX gives them, or else the nearest that fit.
+    """NumPy and Python integers, clipped to the dtype that JAX gives them.
 
     Anything else is returned as it is.
     """
@@ -107,7 +107,7 @@ def class_ids(
     """Labels of the logits' shape without the classes, and their weights.
 
     A label that is ignored, or impossible and absent, becomes class 0 with a constant weight of
-    zero. So whatever label is impossible now does count.
+    zero. Every impossible label that is left then counts.
     """
     given = as_array("labels", labels).dtype
     labels = as_class_ids(labels, logits_shape)
@@ -125,9 +125,9 @@ def class_ids(
 
 
 def is_label(labels: Array, shape: tuple[int, ...], first: Any = 0) -> Array:
-    """Where along the classes, of which this is the first, the label is.
+    """Which of the classes, counted from ``first``, is the label: a mask of this shape.
 
-    No index, so nothing can wrap, clamp or gather.
+    It is made by comparison: an index could wrap or be clamped.
     """
     ids = jax.lax.broadcasted_iota(labels.dtype, shape, len(shape) - 1)
     return ids + jnp.asarray(first, labels.dtype) == labels[..., None]
@@ -149,12 +149,12 @@ def check_shards(name: str, x: Array, class_axis_name: AxisName) -> None:
         if axis in varying and axis not in varying_axes(x):
             raise ValueError(
                 f"{name} must have its classes sharded over class_axis_name={class_axis_name!r}, "
-                f"but all members of {axis!r} have the same"
+                f"but all members of {axis!r} have the same classes"
             )
 
 
 def num_shards(class_axis_name: AxisName) -> int:
-    """How many members of mapped axes share the classes; 1 without an axis."""
+    """Over how many members of mapped axes the classes are sharded; 1 without an axis."""
     return math.prod(jax.lax.axis_size(name) for name in axis_names(class_axis_name))
 
 
@@ -167,7 +167,7 @@ def shard_index(class_axis_name: AxisName) -> Any:
 
 
 def nan_if_impossible(losses: Array, labels: Array, classes: int) -> Array:
-    """The losses, and NaN where a label is no class.
+    """The losses, and NaN where a label is not a class.
 
     A factor of NaN, unlike a selected NaN, reaches the gradient.
     """
@@ -183,8 +183,8 @@ def is_class(labels: Array, classes: int) -> Array:
 def _check(labels: Array, present: Array, classes: int) -> Array:
     """The labels, which under ``checkify`` are checked where they are present.
 
-    ``checkify.debug_check`` would do it too, but it leaves an effect in the program: JAX then gives
-    up its fast way to call it, cannot export it, and drops the check in the gradient of a scan.
+    ``checkify.debug_check`` would do it too, but it leaves an effect in the program: JAX then calls
+    it more slowly, cannot export it, and drops the check in the gradient of a scan.
     """
     if not _HAS_CHECKIFY_RULES:
         wrong, label = _wrong_labels(labels, present, classes)
@@ -213,13 +213,13 @@ def _check_rule(*arguments: Any, classes: int) -> Any:
 
 
 def _labels_alone(labels: Array, present: Array, *, classes: int) -> list[Array]:
-    """What the check computes: nothing."""
+    """What the primitive computes: the labels, unchanged."""
     return [labels]
 
 
 _check_p = define_primitive("check_labels", _labels_alone, _labels_alone, elementwise=True)
 try:
-    # The table of what checkify knows of primitives is private to JAX.
+    # The table of checkify's rules for primitives is private to JAX.
     rules: Any = importlib.import_module("jax._src.checkify")
     rules.error_checks[_check_p] = _check_rule
     _HAS_CHECKIFY_RULES = True

@@ -5,7 +5,7 @@ Each device has some of the tokens, and some of the classes or all of them::
     hidden  [tokens, features]    a device keeps its tokens, with all of their features
     kernel  [features, classes]   shards over devices that share the same tokens are kept ("class
                                   axes"); other shards ("gathered axes") are gathered, a block at a
-                                  time, because each of these devices needs all for its own tokens
+                                  time, because each device needs all classes for its own tokens
 
 Nothing here knows a loss.
 """
@@ -40,8 +40,9 @@ class Layout:
         features: The axes of the mesh that shard the kernel's features; they shard tokens too.
         classes: The axes of the mesh that shard the classes.
         mesh: The mesh; None if an array's sharding is not known, or there is none.
-        mapped: The axes of the mesh that are this layout's to use.
-        is_local: Whether an array's shape is that of one device's part, when a device computes.
+        mapped: The axes of the mesh over which this layout may map.
+        is_local: Whether the shapes in a device's computation are those of its own part. They are
+            not if XLA partitions the arrays.
     """
 
     tokens: tuple[Names, ...]
@@ -79,7 +80,7 @@ class Layout:
 
     @property
     def outer_sums(self) -> Names:
-        """Axes over which tangents are still to be summed when all devices are done."""
+        """Axes over which tangents must still be summed after :meth:`on_devices`."""
         return ()
 
     def size(self, names: Iterable[str]) -> int:
@@ -108,7 +109,7 @@ class Layout:
         return self._reshard(x, self.spec(kind))
 
     def place_back(self, x: Array, like: Array) -> Array:
-        """An array of tokens, its axes sharded as the first axes of ``like`` are, if these are."""
+        """An array of tokens, with each axis sharded like that of ``like``, if that is sharded."""
         pairs = zip(self.tokens, _spec(like), strict=False)
         return self._reshard(x, PartitionSpec(*(old or new or None for new, old in pairs)))
 
@@ -127,8 +128,8 @@ class Layout:
     ) -> list[Array]:
         """``function(*arrays)``, where each device has its part of arrays and results.
 
-        The first array is hidden. Tokens then have one axis. Where no sharding is known, XLA
-        divides the work.
+        The first array is hidden. With a mesh, the function gets arrays whose tokens have one axis.
+        Where no sharding is known, there is no mesh and XLA partitions the work.
         """
         if self.mesh is None:
             return function(*arrays)
@@ -141,7 +142,7 @@ class Layout:
                 for r, kind in results
             ]
 
-        # JAX leaves out axes over which a vmap maps, if it is not told which axes it is about.
+        # With an empty set, JAX maps over all axes except those that a vmap already maps over.
         some = set() if set(self.mapped) == set(self.mesh.axis_names) else set(self.mapped)
         return jax.shard_map(
             on_one_device,
@@ -159,7 +160,7 @@ class Layout:
     # What follows is for one device.
 
     def gather(self, x: Array, features_axis: int, classes_axis: int) -> Array:
-        """A part of the kernel, or of the bias, with that of all devices that share it."""
+        """A device's part of the kernel or bias, joined with those gathered from others."""
         if self.gathered_classes:
             x = lax.all_gather(x, self.gathered_classes, axis=classes_axis, tiled=True)
         if self.features and features_axis >= 0:
@@ -167,9 +168,9 @@ class Layout:
         return x
 
     def scatter(self, x: Array, features_axis: int, classes_axis: int, like: Array) -> Array:
-        """The transpose of :meth:`gather`: sums over all devices, of which each has its part.
+        """The transpose of :meth:`gather`: the sum over devices, of which each keeps its part.
 
-        ``like`` is this device's part of what ``x`` is the gradient of.
+        ``like`` is this device's part of the array that ``x`` is the gradient of.
         """
         x = self.sum_gradient("kernel" if features_axis >= 0 else "bias", x, like)
         if self.features and features_axis >= 0:
@@ -180,7 +181,7 @@ class Layout:
         return x
 
     def sum_gradient(self, kind: Kind, x: Array, like: Array) -> Array:
-        """The sum over the devices that have the same part of what ``x`` is the gradient of."""
+        """The sum over the devices that have the same part of the array of this gradient."""
         axes = self.class_axes
         if kind != "hidden":
             axes = self.summed_axes + (self.features if kind == "bias" else ())
@@ -208,9 +209,9 @@ class MappedLayout(Layout):
     """The layout inside of the caller's own ``shard_map``, where arrays are parts already.
 
     Attributes:
-        gathered: Those axes that shard the classes over devices with different tokens.
-        is_checked: Whether JAX knows which array varies over which axis. Then an array that does
-            not vary needs the sum of all members' gradients. Else JAX sums them by itself, later.
+        gathered: The axes that shard the classes over devices with different tokens.
+        is_checked: Whether JAX knows which array varies over which axis (``check_vma``). If so, the
+            gradients of an array that does not vary are summed here; if not, JAX sums them later.
     """
 
     gathered: Names = ()
@@ -248,13 +249,13 @@ def plan_layout(
     axis_name: AxisName,
     class_axis_name: AxisName,
 ) -> Layout:
-    """The layout that ``in_specs`` says, that an Explicit mesh shows, or of the caller's map.
+    """The layout given by ``in_specs``, by an Explicit mesh, or by the caller's ``shard_map``.
 
-    There, tokens are sharded over ``axis_name``, and over axes over which hidden or labels are
-    known to vary.
+    In the caller's ``shard_map``, tokens are sharded over ``axis_name``, and over axes over which
+    hidden or labels are known to vary.
 
-    Axes of the mesh that shard features, and no tokens or classes, shard tokens instead, if the
-    number of tokens can be divided by them: else these devices would do the same work.
+    Axes of the mesh that shard only features shard tokens instead, if the number of tokens can be
+    divided by them: else these devices would do the same work.
 
     Raises:
         ValueError: if ``in_specs`` are not two ``PartitionSpec`` that fit mesh and arrays, or if
@@ -369,5 +370,5 @@ def axes_of_type(mesh: Any, kind: AxisType) -> Names:
 
 
 def _not_manual(mesh: Any) -> Names:
-    """The axes of a mesh but those over which the caller's ``shard_map`` maps already."""
+    """The axes of a mesh except those over which the caller's ``shard_map`` maps already."""
     return tuple(n for n in mesh.axis_names if n not in axes_of_type(mesh, AxisType.Manual))

@@ -69,53 +69,54 @@ def linear_softmax_cross_entropy(
     + z \left(\log \sum_c e^{x_c}\right)^2, \quad x = a \tanh\frac{h K + b}{a}$$
 
     **On an Auto mesh, pass** ``in_specs``. JAX does not show there how arrays are sharded, and
-    without it every device may gather the whole kernel for every block (hundreds of gigabytes in a
-    step of a large model). Say it as for ``shard_map``, inside of ``jax.set_mesh(mesh)``::
+    without ``in_specs`` every device may gather the whole kernel for every block (hundreds of
+    gigabytes in a step of a large model). They are written as for ``shard_map``, and the call is
+    inside of ``jax.set_mesh(mesh)``::
 
         in_specs=(PartitionSpec("data", None, None), PartitionSpec(None, "model"))
 
-    An Explicit mesh shows it. In a ``shard_map`` of your own, ``axis_name`` is for the tokens and
-    ``class_axis_name`` for classes of which each device has a shard; labels are among all classes.
-    An axis in both shards tokens and classes (FSDP). Each device needs only its own tokens, its own
-    classes and one block of the others' classes, which it gathers.
+    An Explicit mesh shows how arrays are sharded. Inside of your own ``shard_map``, ``axis_name``
+    names the axes that shard tokens, and ``class_axis_name`` those that shard classes; labels are
+    ids among the classes of all devices. An axis in both shards tokens and classes (FSDP). Each
+    device then holds only its own tokens, its own classes and one block of the other devices'
+    classes, which it gathers.
 
     The logits are computed block by block, in float32 at least, and once more for the derivative,
     so that a gradient takes four matrix products instead of three. Temporary memory on each device
     holds one block and, in float32, the gradient with respect to ``hidden`` or to ``kernel``,
-    whichever is smaller: a block is some of the classes, or if a device has more tokens than
-    classes, some of the tokens. Its size suits the machine: about 8 MB of logits on a CPU, 64 on a
-    TPU, 256 on a GPU. Where it is not known how arrays are sharded, and where the number of tokens
-    is symbolic (in ``jax.export``), it is some of the classes, whose number must be fixed.
+    whichever is smaller. A block is some of the classes, or if a device has more tokens than
+    classes, some of the tokens. By default its logits take about 8 MB on a CPU, 64 MB on a TPU and
+    256 MB on a GPU. If it is not known how arrays are sharded, or if the number of tokens is
+    symbolic (in ``jax.export``), a block is some of the classes, whose number must be fixed.
 
-    **Precision.** Products are of ``hidden``'s and ``kernel``'s own dtype and sums are float32, as
-    ``jax.default_matmul_precision`` says. Where one is bfloat16 and the other one float32 (Flax's
-    ``param_dtype``), TPUs and GPUs multiply in bfloat16, as Flax does; CPUs, and whoever asks for
-    more by ``jax.default_matmul_precision``, in float32. Gradients have each array's own dtype.
+    **Precision.** Factors have the dtype of ``hidden`` and ``kernel``, and products are summed in
+    float32 at least; ``jax.default_matmul_precision`` applies. If one is bfloat16 and the other
+    float32 (Flax's ``param_dtype``), TPUs and GPUs multiply in bfloat16, as Flax does, unless
+    ``jax.default_matmul_precision`` asks for more. CPUs then multiply in float32.
 
-    **Padded vocabularies.** Classes that only fill the kernel up to a round number are cut off by
-    slicing it, ``kernel[:, :num_classes]``. A bias of minus infinity rules a class out too, but not
-    under a soft cap, which makes it $-a$, so that the class keeps a share of the probability.
+    **Padded vocabularies.** Remove classes that only pad the kernel to a round number by slicing
+    it, ``kernel[:, :num_classes]``. A bias of minus infinity rules a class out too, but not with a
+    soft cap, which makes the logit $-a$, so that the class keeps a share of the probability.
 
     Args:
         hidden: Real numbers ``[batch, d1, ..., dN, features]``.
         kernel: Real numbers ``[features, classes]``.
         labels: Integers ``[batch, d1, ..., dN]`` or ``[batch, d1, ..., dN, 1]``.
         weights: Weights, aligned with ``[batch, d1, ..., dN]`` from the left.
-        bias: Real numbers ``[classes]``, the $b$ above; minus infinity rules a class out, unless
-            there is a soft cap.
+        bias: Real numbers ``[classes]``, the $b$ above.
         label_smoothing: The $s$ above, from 0 to 1.
         z_loss: The $z$ above, not negative; keeps the logits from drifting.
         logit_soft_cap: The $a$ above, from 1e-30 to 1e30; logits stay between $-a$ and $a$.
         ignore_index: Labels of this value have weight zero.
-        block_size: How many classes a block has, or ``(tokens, None)``: about how many tokens; on
-            each device, where it is known how the arrays are sharded.
+        block_size: How many classes a block has, or ``(tokens, None)``: about how many tokens. If
+            it is known how the arrays are sharded, this is the number on each device.
         reduction: ``"mean"``, ``"average"``, ``"sum"``, ``"none"``, ``"parts"``, or
             ``"average_parts"``.
         axis_name: Mapped axes to reduce over as well.
         class_axis_name: Axes of a ``shard_map`` around the call over whose members the classes of
             ``kernel`` and ``bias`` are sharded, in this order. Members have the same tokens; or
-            tokens of their own if the axis is in ``axis_name`` too, or if ``hidden`` or ``labels``
-            are known to vary over it. (``shard_map`` knows it unless ``check_vma`` is off.)
+            their own tokens if the axis is in ``axis_name`` too, or if ``hidden`` or ``labels``
+            are known to vary over it. (``shard_map`` knows this unless ``check_vma`` is off.)
         in_specs: How ``hidden`` and ``kernel`` are sharded: two ``PartitionSpec``. The bias is
             sharded as the kernel's classes are.
 
@@ -168,7 +169,7 @@ def linear_softmax_cross_entropy(
         losses = class_losses(*statistics, label_smoothing=label_smoothing, z_loss=z_loss)
         return nan_if_impossible(losses, y, layer.classes)
 
-    # The statistics are inputs of the formula, so that derivatives at absent places are masked.
+    # The statistics are inputs of the formula, so that derivatives at absent positions are masked.
     used = [s for s in statistics if s is not None]
     return reduce_losses(
         formula, [*used, labels], weights, reduction=reduction, axis_name=axis_name
@@ -176,17 +177,25 @@ def linear_softmax_cross_entropy(
 
 
 class LogProbs(NamedTuple):
-    r"""What a last layer predicts at each place; what :func:`linear_log_probs` returns.
+    r"""What a last layer predicts at each position: the result of :func:`linear_log_probs`.
 
     It is a named tuple, and so a pytree. All arrays have the shape of the labels,
-    ``[batch, d1, ..., dN]``.
+    ``[batch, d1, ..., dN]``. They are float32 at least, and ``is_top`` is boolean.
 
     Attributes:
         label: The log-probability of the label, in nats.
         entropy: The entropy of the prediction, in nats.
         log_partition: The logarithm of the sum of exponentials, whose square is a z-loss.
-        is_top: Whether no class has a larger logit than the label, which may be one of several that
-            are largest; its mean is the accuracy.
+        is_top: Whether no class has a larger logit than the label (another one may be equal); its
+            mean is the accuracy.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jaxlosses as jl
+        >>> hidden, kernel, labels = jnp.ones((2, 1)), jnp.array([[1.0, 2.0]]), jnp.array([1, 0])
+        >>> log_probs = jl.linear_log_probs(hidden, kernel, labels)
+        >>> print(log_probs.is_top, log_probs.is_top.mean())  # and the accuracy
+        [ True False] 0.5
     """
 
     label: Array
@@ -212,21 +221,22 @@ def linear_log_probs(
     class_axis_name: AxisName = None,
     in_specs: InSpecs = None,
 ) -> LogProbs:
-    r"""Log-probability of each label, and entropy, of a last layer, in nats and without logits.
+    r"""A last layer's log-probability of each label, and entropy, from blocks of logits, in nats.
 
     $$\log p_y = \frac{x_y}{\tau} - \log Z, \quad
     H = -\sum_c p_c \log p_c, \quad
     \log Z = \log \sum_c e^{x_c / \tau}, \quad x = a \tanh\frac{h K + b}{a}$$
 
-    This is what DPO, PPO, GRPO, distillation on chosen tokens, accuracy and perplexity are made of.
-    It needs as little memory as :func:`linear_softmax_cross_entropy`, whose docstring says how the
-    blocks are cut and what a mesh must be told. What nobody uses is not computed.
+    DPO, PPO, GRPO, distillation on chosen tokens, accuracy and perplexity are computed from these.
+    It needs as little memory as :func:`linear_softmax_cross_entropy`, whose docstring explains
+    blocks and meshes. Inside of ``jax.jit``, results that are not used are not computed.
 
-    There are no weights here, and no label is ignored. Give the weights to what you compute from
-    the results: ``compute_weighted_loss(-log_probs.label, weights)``. An absent token may hold NaN
-    and an impossible label. Its numbers then mean nothing, and it has no gradient, if you leave
-    them out as that loss does or as ``jnp.where`` does (zero times NaN is NaN). A label outside of
-    ``[0, classes)`` has the log-probability NaN; ``checkify`` does not name it.
+    There are no weights here, and no label is ignored. Give the weights to the loss that you
+    compute from the results: ``compute_weighted_loss(-log_probs.label, weights)``. An absent token
+    may hold NaN and an impossible label. Its results then have no meaning, and it has no gradient
+    if they are masked, by that loss or by ``jnp.where`` (not by a product: zero times NaN is NaN).
+    A label outside of ``[0, classes)`` has the log-probability NaN; ``checkify`` does not report
+    it.
 
     Args:
         hidden: Real numbers ``[batch, d1, ..., dN, features]``.
@@ -236,18 +246,19 @@ def linear_log_probs(
         temperature: The $\tau$ above, from 1e-30 to 1e30.
         logit_soft_cap: The $a$ above, from 1e-30 to 1e30.
         block_size: How many classes a block has, or ``(tokens, None)``: about how many tokens.
-        class_axis_name: As of :func:`linear_softmax_cross_entropy`. With ``check_vma`` off, all its
+        class_axis_name: As in :func:`linear_softmax_cross_entropy`. With ``check_vma`` off, all its
             members must have the same tokens.
         in_specs: How ``hidden`` and ``kernel`` are sharded: two ``PartitionSpec``.
 
     Returns:
         ``LogProbs(label, entropy, log_partition, is_top)``, arrays of the labels' shape, float32 at
-        least, and ``is_top`` boolean. All but ``is_top`` are differentiable.
+        least, and ``is_top`` boolean. All except ``is_top`` are differentiable.
 
     Raises:
         ValueError: if ``kernel`` is not ``[features, classes]``, or there is no class; if ``bias``
             is not ``[classes]``; if the labels are not integers of the shape of ``hidden`` without
-            the features; if ``in_specs`` do not fit; or if an option is out of its range.
+            the features; if ``in_specs`` do not fit the arrays or the mesh; or if an option is out
+            of its range.
 
     References:
         Rafailov et al., "Direct preference optimization", 2023; Shao et al., "DeepSeekMath", 2024
@@ -279,7 +290,7 @@ def linear_log_probs(
     temperature = check_number("temperature", temperature, 1e-30, 1e30)
     options = {"temperature": temperature, "needs_expected": True, "masks_all_absent": True}
     layer = dataclasses.replace(layer, **options)
-    # Other tokens are masked as long as nobody asks for their gradient, which is NaN.
+    # Other tokens are masked. If their results are used in a gradient, it is NaN.
     finite = jnp.isfinite(jnp.sum(jnp.square(inputs.hidden.astype(inputs.dtype)), -1))
     possible = is_class(inputs.labels, layer.classes)
     statistics = inputs.statistics(layer, finite & possible)
@@ -304,7 +315,7 @@ class _Inputs(NamedTuple):
 
     @property
     def dtype(self) -> Any:
-        """What statistics are computed in."""
+        """The dtype in which the statistics are computed."""
         return precision(self.hidden, self.kernel, self.bias)
 
     def statistics(self, layer: Layer, present: Array) -> Statistics:
@@ -336,7 +347,7 @@ def _last_layer(
     class_axis_name: AxisName,
     in_specs: InSpecs,
 ) -> tuple[Layer, _Inputs]:
-    """The layer and its arrays, checked; of the labels only shape and dtype where asked so."""
+    """The layer and its arrays, checked; of the labels also the values, if ``checks_labels``."""
     hidden, kernel = as_array("hidden", hidden), as_array("kernel", kernel)
     if kernel.ndim != 2 or hidden.shape[-1:] != kernel.shape[:1] or kernel.shape[1] == 0:
         raise ValueError(
@@ -367,7 +378,7 @@ def _last_layer(
     else:
         labels, weights = as_class_ids(labels, shape), jnp.ones((), jnp.float32)
     if precision(hidden, kernel, bias, weights=weights) == jnp.float64:
-        # All of it is cast, because one of them may be all that asks for it.
+        # Cast all of them: one float64 array, or the weights, may be the reason.
         hidden, kernel, bias = (x.astype(jnp.float64) for x in (hidden, kernel, bias))
     layout = plan_layout(hidden, kernel, labels, in_specs, axis_name, class_axis_name)
     block_size = check_block_size(block_size)

@@ -1,6 +1,6 @@
 """Statistics of a last layer's logits, with derivatives in both modes and of every order.
 
-What each device computes stands in ``_linear_device.py``; here is what JAX has to know of it.
+``_linear_device.py`` is what each device computes; here are the rules by which JAX transforms it.
 """
 
 from __future__ import annotations
@@ -90,12 +90,11 @@ def _statistics_jvp(layer: Layer, primals: Any, tangents: Any) -> tuple[Any, Any
         jnp.zeros_like(max_logit) if expected is None else expected,
     )
     arrays = [*residuals, *input_tangents.values()]
-    # Else the layout knows where to sum the gradient of an array that does not vary.
+    # A MappedLayout itself sums the gradient of an array that does not vary.
     arrays = arrays if isinstance(layer.layout, MappedLayout) else vary_alike(*arrays)
     results = _linear_jvp_p.bind(*arrays, layer=layer, wrt=tuple(input_tangents), batches=())
     if layer.layout.outer_sums:
-        # Not inside of the primitive: JAX transposes this sum in its own way where it does not know
-        # what varies over which axis.
+        # Not inside of the primitive: without check_vma, JAX has its own rule to transpose a psum.
         results = [lax.psum(r, layer.layout.outer_sums) for r in results]
     return statistics, [jnp.zeros_like(max_logit), *results]
 
@@ -106,13 +105,12 @@ logit_statistics.defjvp(_statistics_jvp, symbolic_zeros=True)
 def _mapped(
     function: Callable[..., list[Array]], arrays: Sequence[Array], batches: Any
 ) -> list[Array]:
-    """``function(*arrays)``, mapped over axes that not only arrays of tokens have.
+    """``function(*arrays)``, under each ``vmap`` that is not only over arrays of tokens.
 
     Args:
         function: What to map.
         arrays: The arrays that it takes.
-        batches: The axis of each array under ``vmap``, once for each ``vmap`` that added more than
-            an axis of tokens.
+        batches: For each such ``vmap``, its axis of each array.
     """
     for axes in reversed(batches):
         function = jax.vmap(function, axes)
@@ -151,7 +149,7 @@ def _mapped_transpose(
 def _any_transpose(
     *arrays: Array, layer: Layer, wrt: tuple[str, ...], batches: Any, maps: Any
 ) -> list[Array]:
-    """:func:`_mapped_transpose`, mapped once more: every place of these axes has its gradients."""
+    """:func:`_mapped_transpose`, mapped over ``maps`` too, whose axes the gradients keep."""
 
     def transpose(*arrays: Array) -> list[Array]:
         return _mapped_transpose(*split(arrays), layer=layer, wrt=wrt, batches=batches)
@@ -203,7 +201,7 @@ def _jvp_shapes(*arrays: Any, layer: Layer, wrt: Any, batches: Any) -> Any:
 
 
 def _jvp(function: Callable[..., list[Array]], primals: Any, tangents: Any, **params: Any) -> Any:
-    """For second derivatives: JAX differentiates what a primitive computes as it is."""
+    """For second derivatives: JAX differentiates the function that a primitive computes."""
     tangents = [
         ad.instantiate_zeros(t) if is_float(p) else np.zeros(p.shape, jax.dtypes.float0)
         for p, t in zip(primals, tangents, strict=True)
@@ -214,11 +212,11 @@ def _jvp(function: Callable[..., list[Array]], primals: Any, tangents: Any, **pa
 def _linear_jvp_transpose(cotangents: Any, *arrays: Any, layer: Layer, **params: Any) -> list[Any]:
     residuals, _ = split(arrays)
     if layer.needs_expected and isinstance(cotangents[-1], ad.Zero):
-        # Nobody asks for the gradient of the entropy.
+        # The gradient of the entropy is not needed.
         layer = dataclasses.replace(layer, needs_expected=False)
         cotangents = cotangents[:-1]
     cotangents = [ad.instantiate_zeros(c) for c in cotangents]
-    # Of a masked token nobody may ask, or the trouble is real.
+    # If the cotangent of a masked token is not zero, its gradient is NaN.
     is_asked = functools.reduce(jnp.logical_or, [c != 0 for c in cotangents])
     log_sum_exp = residuals.log_sum_exp_shifted
     log_sum_exp = jnp.where(residuals.is_masked & is_asked, jnp.nan, log_sum_exp)

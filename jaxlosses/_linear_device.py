@@ -1,7 +1,7 @@
 """What one device computes of a last layer: statistics of its logits and their derivatives.
 
-A loss needs only a few statistics of a token's logits (:class:`Statistics`). They, and both modes
-of their derivative, are loops over blocks of logits::
+A loss needs only a few statistics of a token's logits (:class:`Statistics`). The statistics, their
+jvp and its transpose are loops over blocks of logits::
 
     for each block:
         logits = hidden @ kernel + bias, for the tokens and the classes of the block
@@ -11,7 +11,7 @@ of their derivative, are loops over blocks of logits::
 
 Where a mesh is known, a device has its part of each array (``_layout.py``). Parts of the kernel
 that other devices have are gathered for a block, or before the loop if all blocks need all of them;
-gradients go the other way.
+their gradients are scattered in the same way.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Statistics(NamedTuple):
     log_sum_exp_shifted: Array
     label_logit_shifted: Array
     mean_logit_shifted: Array | None  # None if the layer does not need it.
-    expected_logit_shifted: Array | None  # The mean by the softmax; None if it is not needed.
+    expected_logit_shifted: Array | None  # Weighted by the softmax; None if it is not needed.
 
 
 class Residuals(NamedTuple):
@@ -66,7 +66,7 @@ class Residuals(NamedTuple):
     labels: Array
     max_logit: Array
     log_sum_exp_shifted: Array
-    expected_logit_shifted: Array  # Of any value if it is not needed.
+    expected_logit_shifted: Array  # Any number if it is not needed.
 
     @property
     def is_masked(self) -> Array:
@@ -88,7 +88,7 @@ _SIDES: dict[str, Side] = {"hidden": "tokens", "kernel": "classes", "bias": "cla
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """What of the last layer is fixed when the program is compiled.
+    """The static options of a last layer, fixed when the program is compiled.
 
     Attributes:
         layout: How the arrays are sharded.
@@ -101,7 +101,7 @@ class Layer:
         needs_expected: Whether the expected logit is a statistic.
         masks_all_absent: Whether all tokens that are not present are masked, not only those whose
             numbers are not finite.
-        matmul_precision: The ``jax.default_matmul_precision`` where the caller called.
+        matmul_precision: The ``jax.default_matmul_precision`` at the call.
     """
 
     layout: Layout
@@ -121,7 +121,7 @@ class Layer:
         return 3 + self.needs_mean + self.needs_expected
 
     def final(self, x: Array) -> Array:
-        """The logits that the softmax is of, from the products and the bias."""
+        """The logits that the softmax takes: with soft cap and temperature applied."""
         x = x if self.soft_cap is None else self.soft_cap * jnp.tanh(x / self.soft_cap)
         return x if self.temperature == 1 else x / self.temperature
 
@@ -138,7 +138,7 @@ class Layer:
         constant. The derivative of either with respect to a logit is the softmax. For the expected
         logit ``e`` it is the sum of ``softmax * (logit - e)``, with ``e`` held constant too.
         """
-        # Not even a NaN in the kernel may reach the derivative of a token that is masked.
+        # A NaN in the kernel must not reach the derivative of a masked token either.
         x = self.final(jnp.where(of_tokens.is_masked[..., None], 0, x))
         x_shifted = shifted(x, of_tokens.max_logit[..., None])
         softmax = jnp.exp(x_shifted - of_tokens.log_sum_exp_shifted[..., None])
@@ -161,7 +161,7 @@ class Sums(NamedTuple):
     exp_times_logit: Array | None
 
     def relative_to(self, max_logit: Array, fraction: Any) -> Sums:
-        """The sums relative to another maximum; they are over this fraction of all classes."""
+        """The sums relative to another maximum. They are over this fraction of all classes."""
         correction = shifted(self.max_logit, max_logit)
         scale = jnp.exp(correction)
         exp, logit, exp_times_logit = self.exp * scale, self.logit, self.exp_times_logit
@@ -179,7 +179,7 @@ class Sums(NamedTuple):
         return Sums(max_logit, *jax.tree.map(lambda x: lax.psum(x, axes), sums))
 
     def statistics(self) -> list[Array]:
-        """What a loss is computed from."""
+        """The statistics, from sums over all classes."""
         found = [self.max_logit, jnp.log(self.exp), shifted(self.label_logit, self.max_logit)]
         found += [] if self.logit is None else [self.logit]
         return found + ([] if self.exp_times_logit is None else [self.exp_times_logit / self.exp])
@@ -193,7 +193,7 @@ class _Device:
         layer: The layer.
         plan: How this device's part is cut into blocks.
         classes: How many classes this device's part of the kernel has.
-        dtype: What is multiplied is cast to it; None if it stays as it is.
+        dtype: The dtype to which factors of products are cast; None if they are not cast.
         in_one_pass: Whether maximum and sums are one reduction.
         transposes_hidden: Whether hidden is transposed for its product with the cotangents.
     """
@@ -263,7 +263,7 @@ class _Device:
         return jnp.expand_dims(ids, range(labels.ndim - 1)) == labels
 
     def fraction(self, classes: Any) -> Any:
-        """Which fraction of all classes so many of each gathered shard are."""
+        """Which fraction of all classes this number of classes from each gathered shard is."""
         return classes * (self.layout.num_gathered / self.layer.classes)
 
 
@@ -292,7 +292,7 @@ def _devices(
             plan = plan_blocks(*sizes, jnp.dtype(dtype or hidden.dtype).itemsize)
         # A GPU writes logits to memory, and reads them once more for each reduction.
         in_one_pass = platform == "default" and plan.count > 1 and not is_transpose
-        # A CPU multiplies rows by columns faster than columns by columns. A GPU does not care, and
+        # A CPU multiplies rows by columns faster than columns by columns. A GPU gains nothing, and
         # would hold one more array of hidden's size.
         transposes_hidden = is_transpose and platform != "default" and plan.side == "classes"
         devices[platform] = _Device(layer, plan, classes, dtype, in_one_pass, transposes_hidden)
@@ -307,7 +307,7 @@ def _for_each_platform(
     *rest: Array,
     is_transpose: bool = False,
 ) -> list[Array]:
-    """``loop(device, hidden, kernel, *rest)``, as suits what the program is compiled for."""
+    """``loop(device, hidden, kernel, *rest)``, for the platform that the program runs on."""
     devices = _devices(layer, hidden, kernel, is_transpose)
     if len(set(devices.values())) == 1:
         return loop(devices["default"], hidden, kernel, *rest)
@@ -362,7 +362,7 @@ def _sums_of_block(device: _Device, x: Array, is_label: Array, max_before: Array
 
 
 def linear_jvp(layer: Layer, wrt: Sequence[str], *arrays: Array) -> list[Array]:
-    """The tangents of the statistics but the largest logit, whose derivative is taken as 0.
+    """The tangents of all statistics except the largest logit, whose derivative is taken as 0.
 
     Args:
         layer: The last layer.
@@ -418,7 +418,7 @@ def _jvp_loop(wrt: Sequence[str], device: _Device, *arrays: Array) -> list[Array
 def linear_transpose(
     layer: Layer, wrt: Sequence[str], residuals: Residuals, cotangents: Sequence[Array]
 ) -> list[Array]:
-    """The transpose of :func:`linear_jvp`: the cotangents of its tangents, from its results'."""
+    """The transpose of :func:`linear_jvp`: from cotangents of results to those of tangents."""
     loop = functools.partial(_transpose_loop, wrt)
     run = functools.partial(_for_each_platform, loop, layer, is_transpose=True)
     kinds = _kinds(Residuals._fields) + _tokens(len(cotangents))

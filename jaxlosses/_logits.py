@@ -1,7 +1,7 @@
-"""What losses of logits and probabilities are made of, and their values at infinity.
+"""Parts of the losses of logits and probabilities, with their limits at infinite logits.
 
-An infinite logit is a class that is certain or ruled out. Formulas would take infinity from
-infinity, or multiply it by 0, and so would their derivatives. Here each has its limit.
+An infinite logit means that a class is certain or ruled out. Plain formulas and their derivatives
+would be NaN there: infinity minus infinity, or infinity times 0. Here each has its limit.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from jaxlosses._typing import AxisName
 
 @jax.custom_jvp
 def binary_cross_entropy(x: Array, y: Array) -> Array:
-    """Of logits and probabilities, element by element."""
-    # softplus(x) = softplus(-x) + x: the tail on the label's own side keeps its digits.
+    """Element-wise binary cross-entropy of logits ``x`` and labels ``y``."""
+    # softplus(x) = softplus(-x) + x: of these, take the one that is small where the label is right.
     is_one = y > 0.5
     wrong = jnp.where(is_one, -x, x)  # The logit of the class that is less probable.
     probability = jnp.where(is_one, 1 - y, y)
-    # Infinity less infinity would be NaN, and so would infinity times 0.
+    # Infinity minus infinity would be NaN, and so would infinity times 0.
     product = probability * jnp.minimum(wrong, jnp.finfo(x.dtype).max)
     return jax.nn.softplus(wrong) - jnp.where(probability == 0, 0, product)
 
@@ -33,7 +33,8 @@ def binary_cross_entropy(x: Array, y: Array) -> Array:
 def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (x, y), (x_tangent, y_tangent) = primals, tangents
     sign = 1 - 2 * (y > 0.5).astype(x.dtype)
-    # Not nearest - y, which XLA would then keep in memory from the value to the gradient.
+    # (1 - sign) / 2 is y rounded to 0 or 1. Subtract y - rounded: if rounded - y were added, XLA
+    # would keep it in memory from the value to the gradient.
     derivative = sign * jax.nn.sigmoid(sign * x) - (y - (1 - sign) / 2)
     return binary_cross_entropy(x, y), derivative * x_tangent - _finite(x) * y_tangent
 
@@ -86,7 +87,7 @@ def _finite(x: Array) -> Array:
 
 @jax.custom_jvp
 def shifted(x: Array, max_logit: Array) -> Array:
-    """``x - max_logit``, and 0 where both are the same infinity; the maximum is a constant."""
+    """``x - max_logit``, and 0 where both are the same infinity; max_logit has no derivative."""
     return _replace_new_nan(x - max_logit, x, 0)
 
 
@@ -96,22 +97,22 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
 
 
 def _replace_new_nan(result: Array, x: Array, replacement: ArrayLike) -> Array:
-    """The result, and something else where it is NaN because infinity was taken from infinity.
+    """The result, with NaN replaced where it comes from infinity minus infinity.
 
-    A NaN of ``x`` stays. To compare ``x`` with the other infinity instead would cost a softmax its
-    one kernel on a GPU.
+    A NaN of ``x`` stays. With a comparison of ``x`` and the other infinity instead, XLA would need
+    more than one kernel for a softmax on a GPU.
     """
     return jnp.where(jnp.isnan(result) & jnp.isinf(x), replacement, result)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def shifted_log_sum_exp(x: Array, max_logit: Array, axis_name: AxisName = None) -> Array:
-    """The logarithm of the sum of exponentials of the logits, less the largest logit.
+    """The log-sum-exp of the logits minus the largest logit.
 
-    The two are kept apart because a loss is a difference of logits: adding the largest one first
-    would round the loss to that logit's last digit. The largest one has a derivative of zero; the
-    derivative of the sum of both is right all the same. The sum is over the members of mapped axes
-    too, if there are any.
+    The largest logit is not added back here, because a loss is a difference of logits: it would be
+    rounded to the last digit of the largest one. The derivative of the largest logit is taken as
+    zero and that of this number is the softmax, so the derivative of log-sum-exp, the sum of both,
+    is right. The sum of exponentials is over the members of mapped axes too, if there are any.
     """
     sum_exp = sum_of(jnp.exp(shifted(x, max_logit[..., None])), x.ndim - 1)
     return jnp.log(sum_over_members(sum_exp, axis_name))
@@ -123,7 +124,7 @@ def _(
 ) -> tuple[Array, Array]:
     (x, max_logit), (x_tangent, _) = primals, tangents
     log_sum_exp_shifted = shifted_log_sum_exp(x, max_logit, axis_name)
-    # From the logits again: to keep what the value had would take as much memory as the logits.
+    # Computed again: to keep the exponentials of the value would take the memory of the logits.
     softmax = jnp.exp(_log_softmax(x, max_logit[..., None], log_sum_exp_shifted[..., None]))
     return log_sum_exp_shifted, sum_over_members(jnp.sum(softmax * x_tangent, axis=-1), axis_name)
 
@@ -143,7 +144,7 @@ def _(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, A
 
 @jax.custom_jvp
 def expected_surprise(y: Array, log_sum_exp_shifted: Array, x: Array, max_logit: Array) -> Array:
-    """The mean of log-sum-exp less the logit over the classes, each as probable as its label says.
+    """The sum over classes of label times (log-sum-exp minus logit): the cross-entropy.
 
     A class that is ruled out by a logit of minus infinity costs nothing if its label is 0, and the
     derivative with respect to its label is 0.
@@ -158,7 +159,8 @@ def expected_surprise(y: Array, log_sum_exp_shifted: Array, x: Array, max_logit:
         expected_logit = sum_of(times_logit(y, shifted(x, max_logit)), y.ndim - 1)
         return log_sum_exp[..., 0] * sum_of(y, y.ndim - 1) - expected_logit
 
-    # A CPU has a pass for each sum. Elsewhere sums that do not wait for log_sum_exp share its pass.
+    # A CPU makes a pass for each sum. Elsewhere, sums that do not need log_sum_exp are computed in
+    # the same pass as it.
     ways = {"cpu": in_one_pass, "default": with_exponentials}
     rows = log_sum_exp_shifted[..., None], x, max_logit[..., None]
     return jax.lax.platform_dependent(y, *rows, **ways)
@@ -183,14 +185,14 @@ def class_losses(
     label_smoothing: float,
     z_loss: float,
 ) -> Array:
-    """Cross-entropy with one class each, from statistics of the logits.
+    """Cross-entropy with integer labels, from statistics of the logits.
 
-    What is shifted is relative to the largest logit. The mean is needed where labels are smoothed.
+    Shifted numbers are relative to the largest logit. The mean is needed for label smoothing.
     """
     label_logit = label_logit_shifted
     if mean_logit_shifted is not None:
         label_logit = label_smoothing * mean_logit_shifted
-        # Not at all if its factor is 0, because it may be infinite.
+        # Not added if its factor is 0, because it may be infinite.
         if label_smoothing != 1:
             label_logit += (1 - label_smoothing) * label_logit_shifted
     losses = log_sum_exp_shifted - label_logit
@@ -198,8 +200,8 @@ def class_losses(
 
 
 def z_losses(max_logit: Array, log_sum_exp_shifted: Array, z_loss: float) -> Array:
-    """The square of log-sum-exp; where that is infinite, its derivative is taken as 0."""
+    """``z_loss`` times log-sum-exp squared; if that is infinite, its derivative is taken as 0."""
     log_sum_exp = max_logit + log_sum_exp_shifted
     finite = _finite(log_sum_exp)
-    # In this order a factor that is small keeps the square from overflowing.
+    # In this order a small factor keeps the square from overflowing.
     return jnp.where(jnp.isinf(log_sum_exp), jnp.inf, z_loss * finite * finite)

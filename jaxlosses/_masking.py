@@ -1,26 +1,26 @@
-"""Losses at places that may be absent, and their derivatives.
+"""Losses at positions that may be absent, and their derivatives.
 
-A place is absent where its weight is zero. Its inputs may hold NaN, infinity or an impossible
+A position is absent if its weight is zero. Its inputs may hold NaN, infinity or an impossible
 label, and these must reach neither the value nor a derivative. To multiply by the weight is not
 enough, because zero times infinity is NaN. There are two ways to do it.
 
-:func:`masked_losses` is for the losses of this package. Each loss depends on its own place of the
-inputs alone, so whatever goes wrong at an absent place stays there until it is masked, on the way
-in and on the way out. JAX differentiates the formula between the two masks, in every order:
+:func:`masked_losses` is for the losses of this package. Each loss depends only on its own position
+of the inputs, so a NaN at an absent position stays there. It is masked twice, and JAX
+differentiates the formula between the two masks, in every order:
 
-- :func:`_weigh`, on the way out, selects the losses by their weights and then multiplies. Its
+- :func:`_weigh`, after the formula, selects the losses by their weights and then multiplies. Its
   derivative with respect to a weight is the loss, also where the weight is zero. JAX's derivative
   of the selection is 0 there, and no weight could be learned from zero.
-- :func:`_guard`, on the way in, is the identity, but at an absent place it masks derivatives that
-  are not finite. Without it, the zero that comes back from the weight would be multiplied by an
-  infinite derivative (of a logarithm at 0). To replace the inputs instead would need to know which
-  are finite, and every gradient would read all inputs once more. Finite derivatives pass, or no
-  gradient could be differentiated with respect to a weight of zero.
+- :func:`_guard`, before the formula, is the identity, but at an absent position it masks
+  derivatives that are not finite. Without it, the cotangent of zero from the weight would be
+  multiplied by an infinite derivative (of a logarithm at 0). To replace the inputs instead would
+  need to know which are finite, and every gradient would read all inputs once more. Finite
+  derivatives pass, or no gradient could be differentiated with respect to a weight of zero.
 
-:func:`lifted_losses` is for functions written elsewhere. A loss may depend on other places (every
-other row is a negative example), where a mask on the way in is too late. There the inputs of an
-absent place are replaced by harmless numbers where they would do harm, for value and derivative
-alike, and JAX differentiates the function as it is.
+:func:`lifted_losses` is for functions written elsewhere. A loss may depend on other positions
+(every other row is a negative example), where a mask before the function is not enough. There the
+inputs of an absent position are replaced by harmless numbers if its loss or derivative is not
+finite, for value and derivative alike, and JAX differentiates the function as it is.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def masked_losses(formula: LossFunction, weights: Array, *inputs: Array) -> tupl
     """``weights * formula(*inputs)``, and 0 where a weight is zero, whatever the inputs are there.
 
     Args:
-        formula: The losses, each from its own place of the inputs.
+        formula: The losses, each from its own position of the inputs.
         weights: Weights with as many axes as the losses, each equal to theirs or 1.
         inputs: Arrays that begin with the losses' axes, in the precision of the result.
 
@@ -85,21 +85,21 @@ _weigh.defjvp(_weigh_jvp, symbolic_zeros=True)
 
 
 def _guard(absent: Array, x: Array) -> Array:
-    """``x``, with a derivative that is masked where a place is absent and it is not finite."""
+    """``x``, with a derivative that is masked where it is not finite and a position is absent."""
     return _guard_p.bind(*vary_alike(*_alike(absent, x)))[0]
 
 
 def _mask(absent: Array, tangent: Array) -> Array:
-    """``tangent``, and 0 where a place is absent and the tangent is not finite.
+    """``tangent``, and 0 where a position is absent and the tangent is not finite.
 
-    It counts as linear, and is its own transpose: a cotangent is masked in the same way.
+    JAX treats it as linear, and it is its own transpose: a cotangent is masked in the same way.
     """
     return _mask_p.bind(*vary_alike(*_alike(absent, tangent)))[0]
 
 
 def _zero_unless_finite(absent: Array, x: Array) -> list[Array]:
-    # In operations of lax, as this is traced for every gradient of every loss. And not by
-    # lax.is_finite, for which XLA gives up the one kernel of a softmax on a GPU.
+    # lax traces faster than jax.numpy, and every gradient of every loss traces this. Not
+    # lax.is_finite, with which XLA needs more than one kernel for a softmax on a GPU.
     is_finite = lax.lt(lax.abs(x), lax.full_like(x, np.inf))
     return [lax.select(absent, lax.select(is_finite, x, lax.full_like(x, 0)), x)]
 
@@ -127,11 +127,11 @@ ad.primitive_transposes[_mask_p] = _mask_transpose
 
 
 def lifted_losses(function: LossFunction, weights: Array, *inputs: Array) -> tuple[Array, Array]:
-    """``weights * function(*inputs)``, with harmless inputs where absent ones would do harm.
+    """``weights * function(*inputs)``, with some inputs replaced by harmless numbers.
 
-    A place is replaced where it is absent and its loss, or the derivative of its loss, is not
-    finite. Arguments and results are those of :func:`masked_losses`, but a loss may depend on other
-    places.
+    The inputs of a position are replaced if it is absent and its loss, or the derivative of its
+    loss, is not finite. Arguments and results are those of :func:`masked_losses`, but a loss may
+    depend on other positions.
     """
     present = weights.astype(bool)
     raw, is_differentiable = _losses_and_check(function, inputs)
@@ -163,7 +163,7 @@ def _losses_and_check(function: LossFunction, inputs: Sequence[Array]) -> tuple[
         losses, tangent = jax.jvp(function_of, points, tangents)
         return losses, [tangent]
 
-    # A dynamic loop has a derivative in forward mode only, a callback has none in either.
+    # A dynamic loop has a derivative in forward mode only, a callback in neither mode.
     for derive in (in_reverse_mode, in_forward_mode):
         with contextlib.suppress(NotImplementedError, TypeError, ValueError):
             losses, derivatives = derive()
@@ -179,8 +179,8 @@ def _losses_and_check(function: LossFunction, inputs: Sequence[Array]) -> tuple[
 def _placeholder(index: int, x: Array) -> Array:
     """Harmless numbers in place of input ``index``: class 0, or numbers between 1/4 and 3/4.
 
-    These are probabilities and positive, and they differ between inputs, places and features, so
-    that neither a logarithm, a distance nor a standard deviation has an infinite derivative.
+    These are positive, valid as probabilities, and differ between inputs, positions and features,
+    so that neither a logarithm, a distance nor a standard deviation has an infinite derivative.
     """
     if not is_float(x):
         return jnp.zeros_like(x)
@@ -197,18 +197,18 @@ def _is_absent(weights: Array) -> Array:
 
 
 def _select(mask: Array, x: Array) -> Array:
-    """``x``, and 0 where the mask is not set."""
+    """``x``, and 0 where the mask is False."""
     return where(mask, x, lax.full_like(x, 0))
 
 
 def where(mask: Array, x: Array, y: Array) -> Array:
-    """``x`` where the mask, of its leading axes, is set, and ``y`` elsewhere."""
+    """``x`` where the mask is True, and ``y`` elsewhere. The mask has the leading axes of ``x``."""
     mask, x = _alike(mask, x)
     return lax.select(mask, x, _broadcast(y, x))
 
 
 def _alike(mask: Array, x: Array) -> tuple[Array, Array]:
-    """Both in the shape of ``x`` and sharded alike, even if one is whole on every device."""
+    """Both in the shape of ``x`` and sharded alike, even if one of them is replicated."""
     mask = _broadcast(expand(mask, x), x)
     return mask, _broadcast(x, mask)
 
@@ -224,5 +224,5 @@ def _broadcast(x: Array, like: Array) -> Array:
 
 
 def expand(x: Array, like: Array) -> Array:
-    """``x`` with an axis of one for each axis that ``like`` has behind its own."""
+    """``x`` with axes of length 1 added at the end, up to the rank of ``like``."""
     return x.reshape(x.shape + (1,) * (like.ndim - x.ndim))

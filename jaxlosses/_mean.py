@@ -18,9 +18,10 @@ T = TypeVar("T")
 
 
 def exportable(cls: type[T]) -> type[T]:
-    """Let ``jax.export`` save programs that take or return a class that its children make anew.
+    """Let ``jax.export`` save programs that take or return a pytree class.
 
-    The name is part of the saved program, so that nothing private may be in it.
+    The class is restored as ``cls(*children)``. Its name is part of the saved program, so it is
+    made without private modules and underscores.
     """
     return jax.export.register_pytree_node_serialization(
         cls,
@@ -43,10 +44,12 @@ class WeightedMean:
     different numbers of losses. It is the sum of totals divided by the sum of counts. The same
     holds for microbatches, devices and hosts. Every loss returns this class with
     ``reduction="parts"``, and with ``"average_parts"``, where the count is the sum of the weights.
-    A number or an array times a mean, or a mean divided by one, has another total and the same
-    count. It is a pytree, so it passes through ``jit``, ``scan``, ``vmap`` and ``grad``, and
-    through ``jax.export`` and checkpoints. Sums have the precision of their dtype: past $2^{24}$, a
-    float32 loses small numbers that are added to it, so add up millions of batches in groups.
+
+    Add means with ``+``. To multiply a mean by a scalar or by an array of its shape, or to divide
+    it, changes the total and keeps the count; another shape raises a ``ValueError``. A mean is a
+    pytree, so it passes through ``jit``, ``scan``, ``vmap`` and ``grad``, and through
+    ``jax.export`` and checkpoints. Sums have the precision of their dtype: past $2^{24}$, a float32
+    loses small numbers that are added to it, so add up millions of batches in groups.
 
     Attributes:
         total: Sum of the weighted losses; any floating-point array, usually a scalar.
@@ -67,7 +70,7 @@ class WeightedMean:
     total: ArrayLike
     count: ArrayLike
 
-    __array_ufunc__ = None  # So that NumPy leaves its numbers times a mean to the mean.
+    __array_ufunc__ = None  # So that a NumPy number times a mean calls __rmul__.
 
     @property
     def value(self) -> Array:
@@ -79,7 +82,7 @@ class WeightedMean:
         return divide(*_parts(self))
 
     def merge(self, other: WeightedMean) -> WeightedMean:
-        """The mean over what both have counted; ``mean + other`` is the same.
+        """The mean over the losses of both; ``mean + other`` is the same.
 
         Raises:
             ValueError: if ``other`` is not a ``WeightedMean`` of the same shape, or if a total or
@@ -87,13 +90,13 @@ class WeightedMean:
         """
         if not isinstance(other, WeightedMean):
             raise ValueError(
-                f"other, which is added to a WeightedMean, must be one, got {type(other).__name__}"
+                f"other must be a WeightedMean to be added to one, got {type(other).__name__}"
             )
         (total, count), (other_total, other_count) = _parts(self), _parts(other)
         if total.shape != other_total.shape:
             raise ValueError(
-                f"other, which is added to a WeightedMean of shape {total.shape}, must have that "
-                f"shape, got {other_total.shape}"
+                f"other must have shape {total.shape} to be added to a WeightedMean of this shape, "
+                f"got {other_total.shape}"
             )
         return WeightedMean(jnp.add(total, other_total), jnp.add(count, other_count))
 
@@ -118,9 +121,9 @@ class WeightedMean:
 
         $$\text{macro} = \frac{\sum_i \text{value}_i}{|\{i : \text{count}_i \ne 0\}|}$$
 
-        An element without a count is absent. Under ``vmap`` a loss gives the mean of each sequence,
-        and this gives the mean over the sequences, all of which count equally, however many tokens
-        they have. It is undivided itself, so that batches of sequences add up.
+        An element whose count is 0 is absent. Under ``vmap`` a loss gives the mean of each
+        sequence, and this gives the mean over the sequences, all of which count equally, however
+        many tokens they have. The result is undivided too, so batches of sequences add up.
 
         Raises:
             ValueError: if total or count is not a real array or number.
@@ -150,9 +153,10 @@ class WeightedMean:
 
 
 def _parts(mean: WeightedMean) -> tuple[Array, Array]:
-    """Total and count, checked where they are used: JAX puts other leaves into a pytree as well.
+    """Total and count, checked.
 
-    Sums of fewer than 32 bits would soon overflow or stop growing, so they are float32.
+    Not checked by the constructor, because JAX also builds pytrees of leaves that are not arrays.
+    Sums of fewer than 32 bits would soon overflow or stop growing, so they are cast to float32.
     """
     parts = as_array("WeightedMean.total", mean.total), as_array("WeightedMean.count", mean.count)
     total, count = (x.astype(jnp.float32) if x.dtype.itemsize < 4 else x for x in parts)
@@ -164,7 +168,7 @@ def _parts(mean: WeightedMean) -> tuple[Array, Array]:
 
 
 def _alike(total: Array, name: str, number: ArrayLike) -> tuple[Array, Array]:
-    """A total and what it is multiplied with or divided by, of one shape and precision."""
+    """A total and its factor or divisor, in the total's shape and in the same dtype."""
     other = as_array(name, number)
     if other.shape not in ((), total.shape):
         raise ValueError(
@@ -180,12 +184,12 @@ def divide(total: ArrayLike, count: ArrayLike) -> Array:
     count = jnp.broadcast_to(jnp.asarray(count).astype(total.dtype), total.shape)
     zero = lax.full_like(total, 0)
     is_empty = lax.eq(count, zero)
-    # Not the quotient alone: the derivative in the count would be NaN for a total of NaN.
+    # Select the total too: else a total of NaN would make the derivative in the count NaN.
     return lax.div(lax.select(is_empty, zero, total), lax.select(is_empty, zero + 1, count))
 
 
 def widen(x: ArrayLike) -> Array:
-    """``x`` in a precision in which sums are accurate: float64 as it is, all else as float32."""
+    """``x`` in a dtype in which sums are accurate: float64 as it is, all others as float32."""
     x = jnp.asarray(x)
     return x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 

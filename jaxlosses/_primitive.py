@@ -29,10 +29,10 @@ def define_primitive(
         name: Its name in a jaxpr.
         function: What it computes, in operations of JAX; keyword-only arguments are its params.
         shapes: ``shapes(*arrays, **params)`` returns something with the shape and the dtype of each
-            result, or None if it cannot tell. It saves tracing the function, where no mesh asks how
-            the results are sharded.
-        elementwise: All arrays have one shape and every axis is alike, so that under ``vmap`` it is
-            the same primitive with one more axis. Other primitives need a batching rule.
+            result, or None if it cannot tell. It saves tracing the function if there is no mesh.
+            (On a mesh, the function is traced to find how the results are sharded.)
+        elementwise: Whether all arrays have the same shape and no axis is special, so that under
+            ``vmap`` it is the same primitive with one more axis. Others need a batching rule.
     """
     params = inspect.signature(function).parameters.values()
     static = [p.name for p in params if p.kind is p.KEYWORD_ONLY]
@@ -70,10 +70,10 @@ def with_axis_in_front(arrays: Sequence[Array], axes: Sequence[int | None]) -> l
 
 
 def vary_alike(*arrays: Array) -> tuple[Array, ...]:
-    """The arrays; in ``shard_map``, each varies over every axis over which one of them does.
+    """The arrays; in ``shard_map``, each made to vary over all axes over which any of them varies.
 
-    JAX does this for the arguments of its own operations, and it decides where their cotangents
-    are summed over devices.
+    JAX does this for the arguments of its own operations. It decides where their cotangents are
+    summed over devices.
     """
     if not any(AxisType.Manual in jax.typeof(a).sharding.mesh.axis_types for a in arrays):
         return arrays

@@ -1,8 +1,8 @@
 """Sums and maxima in one pass over memory. Nothing here knows a weight or a loss.
 
 A reduction is fast where XLA fuses the computation of its input into it, so that the input is never
-written to memory. On a CPU, XLA does so only for the form in ``_reduce_cpu.py``. All reductions are
-a primitive, because a primitive can have one form for CPUs and another one for other machines.
+written to memory. On a CPU, XLA does so only for the form in ``_reduce_cpu.py``. Reductions are a
+primitive, because a primitive can have one form for CPUs and another one for other platforms.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _SUMS = ("sum", "sum and count")  # The other operations are "max" and "max and 
 
 
 def sum_and_count(x: Array, mask: Array) -> tuple[Array, Array]:
-    """The sum of all of ``x``, and the exact number of its places where ``mask`` is True.
+    """The sum of all of ``x``, and the exact number of its elements where ``mask`` is True.
 
-    Each axis of the mask is equal to that of ``x``, or 1. The count has the dtype of ``x``.
+    Each axis of the mask has the length of that of ``x``, or 1. The count has the dtype of ``x``.
     """
     total, count = _reduce_p.bind(x, mask, operation="sum and count", num_kept_axes=0)
     return total, count
@@ -48,7 +48,7 @@ def max_of(x: Array, num_kept_axes: int = 0) -> Array:
 def max_and_pick(x: Array, mask: Array) -> tuple[Array, Array]:
     """The maximum of each row, as by :func:`max_of`, and the number where the mask is True.
 
-    A row is the last axis. Its mask is True at one place, or at none, and then the number is 0.
+    A row is the last axis. Its mask is True at one position at most; if at none, the number is 0.
     """
     maximum, picked = _reduce_p.bind(x, mask, operation="max and pick", num_kept_axes=x.ndim - 1)
     return maximum, picked
@@ -67,11 +67,11 @@ def sum_over_members(x: Array, axis_name: AxisName) -> Array:
 def max_sum_exp_and_pick(x: Array, mask: Array) -> tuple[Array, Array, Array]:
     """The maximum of each row, the sum of exponentials relative to it, and the number picked.
 
-    In one reduction, which JAX does not differentiate. A GPU reads ``x`` once for it.
+    This is one reduction, for which a GPU reads ``x`` once. It is not differentiated.
     """
 
     def scaled(total: Array, maximum: Array, of_both: Array) -> Array:
-        # Infinity less infinity would be NaN.
+        # Infinity minus infinity would be NaN.
         shift = lax.select(lax.eq(maximum, of_both), lax.full_like(total, 0), maximum - of_both)
         return total * lax.exp(shift)
 
@@ -88,7 +88,7 @@ def max_sum_exp_and_pick(x: Array, mask: Array) -> tuple[Array, Array, Array]:
 
 
 def num_copies(shape: Sequence[Any], like: Sequence[Any], dtype: Any) -> Any:
-    """How often each place of a shape, whose axes may be 1, stands in another one, as a float."""
+    """How often each element of an array is repeated if it is broadcast to ``like``, as a float."""
     return size_of([n for n, m in zip(like, shape, strict=True) if n != m], dtype)
 
 
@@ -103,7 +103,7 @@ def size_of(sizes: Iterable[Any], dtype: Any) -> Any:
 
 
 def _reduce_one(x: Array, operation: str, num_kept_axes: int) -> Array:
-    """A reduction that has one result, and no use for the mask."""
+    """A reduction that has one result and does not use the mask."""
     mask = np.ones((1,) * x.ndim, bool)
     (reduced,) = _reduce_p.bind(x, mask, operation=operation, num_kept_axes=num_kept_axes)
     return reduced
@@ -117,7 +117,7 @@ def _reduce_separately(
     num_kept_axes: int,
     count: Callable[[Array, Any, Any], Array] = jnp.sum,
 ) -> list[Array]:
-    """Each result by a reduction of its own: XLA fuses these, also over devices, except on CPUs."""
+    """Each result by its own reduction. XLA fuses these, also over devices, except on CPUs."""
     axes = tuple(range(num_kept_axes, x.ndim))
     results = [jnp.sum(x, axes) if operation in _SUMS else jnp.max(x, axes)]
     if operation == "sum and count":
@@ -129,10 +129,10 @@ def _reduce_separately(
 
 
 def _count_in_int64(mask: Array, axes: Any, dtype: Any) -> Array:
-    """The number of True, on a CPU, which adds it up one by one.
+    """The number of elements that are True, on a CPU, which adds them one by one.
 
-    A float32 cannot grow past 2**24 in this way, and an int32 not past 2**31, which the devices of
-    a program may hold together.
+    In this way a float32 cannot grow past 2**24, and an int32 not past 2**31. All devices of a
+    program together may have more elements.
     """
     with jax.enable_x64(True):
         count = lax.reduce_sum(lax.convert_element_type(mask, jnp.int64), axes)

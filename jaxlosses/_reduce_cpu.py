@@ -21,7 +21,7 @@ def reduce_together(x: Array, mask: Array, *, operation: str, num_kept_axes: int
 
     XLA fuses the computation of ``x`` into the reduction, and vectorises it, if integers are
     reduced together with ``x``. Without integers it takes three to ten times as long. So there are
-    always two reductions, also where only one is asked for.
+    always two reductions, also where only one is needed.
 
     They are done block by block, which keeps all cores busy, sums accurate and counts small. Blocks
     are cut from rows, the last axes, along which the mask is constant, or where these rows are
@@ -36,8 +36,8 @@ def reduce_together(x: Array, mask: Array, *, operation: str, num_kept_axes: int
     start, combine = (0, _add) if is_sum else (-jnp.inf, _max)
     if operation == "max and pick":
         # Exactly one entry of a row is non-zero, so the sum of the raw bits is that entry.
-        # XLA takes the bits of a constant when it compiles, in a wrong order where the constant is
-        # a transposed product. It does not know that this factor is a constant.
+        # XLA takes the bits of a constant when it compiles, in a wrong order if the constant is a
+        # transposed product. The barrier hides from it that this factor is a constant.
         one = lax.optimization_barrier(np.ones((), x.dtype))
         bits = lax.bitcast_convert_type(x * one, jnp.int32 if x.dtype.itemsize == 4 else jnp.int64)
         integers = lax.select(mask, bits, lax.full_like(bits, 0))
@@ -72,7 +72,7 @@ def _reduce_blocks(
     *kept, rows, columns = shape
     starts = [np.asarray(value, a.dtype) for value, a in zip((start, 0), pair, strict=True)]
     if padding := -columns % width:
-        # XLA fuses a pad with the computation of its input. Two slices it would not fuse.
+        # XLA fuses a pad with the computation of its input. It would not fuse two slices.
         edges = [(0, 0, 0)] * (len(kept) + 1) + [(0, padding, 0)]
         pair = [lax.reshape(a, shape) for a in pair]
         pair = [lax.pad(a, value, edges) for a, value in zip(pair, starts, strict=True)]

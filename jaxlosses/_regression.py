@@ -37,8 +37,8 @@ def compute_weighted_loss(
 
     $$\frac{\sum_i w_i\, l_i}{|\{i : w_i \ne 0\}|}$$
 
-    The function that computed them is not seen here: where its own derivative is not finite at an
-    absent place, the gradient is NaN. :func:`weighted` takes care of that too.
+    The function that computed them is not masked: if its own derivative is not finite at an absent
+    position, the gradient is NaN. :func:`weighted` masks the function too.
 
     Args:
         losses: Losses ``[batch, d1, ..., dN]``.
@@ -168,8 +168,8 @@ def mean_pairwise_squared_error(
 ) -> Result:
     r"""Squared error of the differences between pairs of elements of one sample.
 
-    A constant offset of a sample costs nothing: this is the loss of shape, in the squared units
-    of the predictions. The mean over all $n^2$ pairs is twice the variance of $d = p - y$:
+    It is in the squared units of the predictions. A constant offset of a sample does not change it.
+    The mean over all $n^2$ pairs is twice the variance of $d = p - y$:
 
     $$l = \frac{1}{n^2} \sum_{i,j} (d_i - d_j)^2 = \frac{2}{n} \sum_i (d_i - \bar d)^2$$
 
@@ -224,7 +224,7 @@ def cosine_distance(
 
     $$l = 1 - \sum_{axis} p\, y$$
 
-    The vectors are taken as they are: normalise them first.
+    The vectors are not normalised here: do that first.
 
     Args:
         predictions: Unit vectors along ``axis``, of shape ``[batch, d1, ..., dN]``.
@@ -239,7 +239,8 @@ def cosine_distance(
         The reduced loss, float32 at least.
 
     Raises:
-        ValueError: if the shapes differ, ``axis`` is none of theirs, or the weights do not align.
+        ValueError: if the shapes differ, ``axis`` is not one of their axes, or the weights do not
+            align.
 
     References:
         ``tf.contrib.losses.cosine_distance``, TensorFlow 1.15.
@@ -263,7 +264,11 @@ def cosine_distance(
 
 @jax.custom_jvp
 def _variance(p: Array, y: Array) -> Array:
-    """Of each sample's differences. Centred: squares lose every digit where the mean is large."""
+    """The variance of each sample's differences.
+
+    Their mean is subtracted before they are squared, or squares would lose all digits where it is
+    large.
+    """
     mean, correction = _means(p, y)
     mean_square = sum_of(jnp.square((p - y) - expand(mean, p)), 1) / _sample_size(p)
     return jnp.maximum(mean_square - jnp.square(correction), 0)
@@ -274,17 +279,16 @@ def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Arra
     (p, y), (p_tangent, y_tangent) = primals, tangents
     mean, correction = _means(p, y)
     centred = ((p - y) - expand(mean, p)) - expand(correction, p)
-    # What the mean adds to the derivative sums to 0.
+    # The terms of the derivative that come from the mean sum to 0.
     products = 2 * centred * (p_tangent - y_tangent)
     tangent = jnp.sum(products, tuple(range(1, products.ndim)))
     return _variance(p, y), tangent / _sample_size(p)
 
 
 def _means(p: Array, y: Array) -> list[Array]:
-    """The mean of each sample's differences, and the mean of what is left without that mean.
+    """The mean of each sample's differences, and the mean of the differences minus that mean.
 
-    The first is rounded to its own last digit, which may be more than the differences vary. The
-    second is what it lacks.
+    The first is rounded, maybe by more than the differences vary. The second is the error.
     """
     size = _sample_size(p)
 
@@ -293,16 +297,15 @@ def _means(p: Array, y: Array) -> list[Array]:
         return [mean, sum_of((p - y) - expand(mean, p), 1) / size]
 
     def in_passes(p: Array, y: Array) -> list[Array]:
-        # Not of p - y, which XLA would then keep in memory from one pass to the next.
+        # Not the sum of p - y, which XLA would then keep in memory from one pass to the next.
         mean = -sum_of(y - p, 1) / size
         return [mean, sum_of((p - y) - expand(mean, p), 1) / size]
 
-    # A GPU's kernel keeps a sample from its first reading to its last, and a TPU keeps p - y for
-    # the gradient.
+    # A kernel on a GPU reads a sample once and keeps it, and a TPU keeps p - y for the gradient.
     ways = {"cuda": in_one_kernel, "tpu": in_one_kernel, "default": in_passes}
     return jax.lax.platform_dependent(p, y, **ways)
 
 
 def _sample_size(samples: Array) -> Any:
-    # Of an empty sample every sum is 0, whatever it is divided by.
+    # Every sum over an empty sample is 0, so it may be divided by 1.
     return size_of([max(n, 1) for n in samples.shape[1:]], samples.dtype)

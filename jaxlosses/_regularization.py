@@ -78,8 +78,8 @@ def l2_regularizer(scale: float) -> Regularizer:
     return _Regularizer("l2_regularizer", scale, scale / 2, mean_squared_error)
 
 
-# A class, so that it can be pickled. Two of them are equal only if they are one: a traced scale can
-# be neither compared nor hashed.
+# A class, so that it can be pickled. Two are equal only if they are the same object, because a
+# traced scale can be neither compared nor hashed.
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Regularizer:
     """See ``jaxlosses.l1_regularizer`` and ``jaxlosses.l2_regularizer``."""
@@ -136,8 +136,8 @@ def _leaves_with_path(
 ) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Leaves and their paths, as if Flax did not wrap arrays in variables (nnx) and boxes (linen).
 
-    A wrapper has a key of its own for its content, which is no part of a parameter's name. Nothing
-    but a wrapper has its keys left out: a layer of attention may be called ``value`` too.
+    A wrapper has its own key for its content, which is not part of a parameter's name. Only the
+    keys of wrappers are left out: a layer of attention may be called ``value`` too.
     """
     variable = _flax_class("flax.nnx", "Variable")
     box = _flax_class("flax.core.meta", "AxisMetadata")
@@ -160,9 +160,9 @@ def _leaves_with_path(
 
 
 def _flax_class(module: str, name: str) -> Any:
-    """A class of Flax without an import of Flax, for ``isinstance``; no class if it is not loaded.
+    """A class of Flax, for ``isinstance``, without an import of Flax.
 
-    Nothing can be an instance of a class that has not been loaded.
+    If it is not loaded, there are no instances, and this is the empty tuple.
     """
     return getattr(sys.modules.get(module), name, ())
 

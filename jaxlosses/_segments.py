@@ -36,14 +36,15 @@ def segment_means(
 
     Ids may be in any order. ``segment_means(...).macro()`` is the mean over the segments, all of
     which count equally, however long they are. (Without ``.macro()`` a ``LossCollector`` takes each
-    segment as a loss of its own and sums them.) The ids are those of the whole array. If each row
-    numbers its own segments from 0, take
+    segment as a loss of its own and sums them.) The rows of the array share the ids. If each row
+    numbers its own segments from 0, use
     ``jax.vmap(lambda l, s: segment_means(l, s, num_segments))(losses, segment_ids)``, which gives
     means ``[batch, num_segments]``. Where a segment is cut between batches, microbatches or
     devices, add up the means of the pieces (``+``, ``.psum(axis_name)``) before ``.macro()``.
 
-    Absent losses may hold NaN. What they are computed from is masked by the loss that you take them
-    from (``reduction="none"``), not here.
+    Absent losses may hold NaN. The inputs of the function that computed them are not masked here:
+    if these may hold NaN, give the weights, 0 for padding, to that function
+    (``reduction="none"``), and only their mask (``weights != 0``) to this one.
 
     Args:
         losses: Real numbers ``[batch, d1, ..., dN]``.
@@ -84,8 +85,8 @@ def segment_means(
 
     def sums(*arrays: Array) -> list[Array]:
         losses, present, ids = map(jnp.ravel, arrays)
-        # One after the other, many numbers add up to a float32 that has lost digits, and in the end
-        # grows no more. So blocks have sums of their own, together no larger than the losses.
+        # A float32 to which many numbers are added one by one loses digits, and in the end stops
+        # growing. So each block has its own sums, together no larger than the losses.
         length = max(_BLOCK, num_segments)
         count = -(-losses.size // length) if is_integer(losses.size) else 1
         if count > 1:
@@ -96,7 +97,7 @@ def segment_means(
     # A loss of no segment adds 0 to the first one. The count is exact because it is an integer.
     arrays = [losses, weights.astype(bool).astype(jnp.int32), jnp.where(in_segment, ids, 0)]
     explicit = axes_of_type(jax.typeof(losses).sharding.mesh, AxisType.Explicit)
-    # On an Explicit mesh JAX cannot tell how a sum by ids is sharded; there XLA decides, as on an
+    # On an Explicit mesh JAX cannot tell how a sum by ids is sharded, so XLA decides it, as on an
     # Auto mesh.
     if explicit:
         automatic: Any = jax.sharding.auto_axes(axes=explicit, out_sharding=[PartitionSpec()] * 2)

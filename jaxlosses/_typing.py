@@ -1,4 +1,4 @@
-"""What the arguments of a loss contain, for readers and tests; their checks; a typed ``jit``."""
+"""Annotations of the arguments of a loss, checks of arguments, and a typed ``jit``."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ R = TypeVar("R")
 
 Reduction: TypeAlias = Literal["mean", "average", "sum", "none", "parts", "average_parts"]
 AxisName: TypeAlias = Hashable | tuple[Hashable, ...] | None
-# An Array, or a WeightedMean where the reduction is "parts" or "average_parts": no signature can
-# say it through jit, and a union would burden every caller.
+# An Array, or a WeightedMean if the reduction is "parts" or "average_parts". The typed jit cannot
+# tell which, and with a union every caller would have to check.
 Result: TypeAlias = Any
 
 
@@ -41,7 +41,7 @@ class ArraySpec:
     Attributes:
         domain: What each number is; ``tests/arguments.py`` draws valid ones by this name.
         inner: The axes that one loss consumes, after the axes that the losses keep.
-        shared: All losses have the same, so that it has none of the losses' axes.
+        shared: Whether all losses use the same array, which then has none of the losses' axes.
     """
 
     domain: str
@@ -66,9 +66,9 @@ Weights: TypeAlias = Annotated[ArrayLike, ArraySpec("weight")]
 
 
 def jit(function: Callable[P, R]) -> Callable[P, R]:
-    """``jax.jit`` with options static and the signature kept for type checkers.
+    """``jax.jit`` with static options, and with the signature kept for type checkers.
 
-    Options are what is keyword-only and not annotated as an array.
+    Options are the arguments that are not annotated as arrays.
     """
     hints = get_type_hints(function, include_extras=True)
     signature = inspect.signature(function)
@@ -88,7 +88,7 @@ def jit(function: Callable[P, R]) -> Callable[P, R]:
             return jitted(*positional, *args[len(names) :], **named)
         except (TypeError, ValueError):
             arguments = _bind(function.__name__, signature, args, kwargs)
-            # It may be JAX's, about an argument that it cannot take.
+            # It may come from JAX, which does not name the argument that it cannot take.
             for name, value in arguments.items():
                 if name in arrays and value is not signature.parameters[name].default:
                     as_array(name, value)
@@ -113,14 +113,14 @@ def as_option(name: str, value: Any) -> Any:
             f"(a tuple, not a list), got {value!r} of type {type(value).__name__}"
         )
     if name.endswith("axis_name") and isinstance(value, tuple) and len({*value}) < len(value):
-        # XLA would end the process.
+        # XLA would abort the process.
         raise ValueError(f"{name} must name each axis once, got {value!r}")
-    # A number of NumPy would impose its dtype on what it is multiplied with.
+    # A NumPy scalar would change the dtype of what it is multiplied with.
     return value.item() if isinstance(value, np.generic) else value
 
 
 def checked_call(call: Callable[P, R]) -> Callable[P, R]:
-    """A method ``__call__`` that names its object, by its ``repr``, if it is called wrongly."""
+    """The method ``__call__``, whose errors for wrong calls name the object by its ``repr``."""
     signature = inspect.signature(call)
     without_self = signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -144,12 +144,12 @@ def _bind(name: str, signature: inspect.Signature, args: Any, kwargs: Any) -> di
 
 
 _LARGEST = float(np.finfo(np.float32).max)
-# Not ArrayLike, of which tracers are no instances in every JAX.
+# Not ArrayLike: in some versions of JAX, tracers are not instances of it.
 _ARRAYS = (Array, np.ndarray, np.generic, bool, int, float, complex)
 
 
 def as_array(name: str, value: Any) -> Array:
-    """``value`` as a real array; ``ValueError`` naming the argument if it is none."""
+    """``value`` as a real array; ``ValueError`` naming the argument if it is not one."""
     if not isinstance(value, _ARRAYS):
         raise ValueError(f"{name} must be an array or a number, got {type(value).__name__}")
     check_unmasked(name, value)
@@ -157,15 +157,15 @@ def as_array(name: str, value: Any) -> Array:
     if jnp.issubdtype(dtype, jnp.complexfloating) or not _is_number(dtype):
         raise ValueError(f"{name} must be real, got dtype {dtype}")
     if dtype.itemsize > 8:  # NumPy's longdouble.
-        raise ValueError(f"{name} must be of at most 64 bits, got dtype {dtype}")
+        raise ValueError(f"{name} must have at most 64 bits, got dtype {dtype}")
     return jnp.asarray(keep_wide(name, value) if type(value) is int else value)
 
 
 def keep_wide(name: str, value: Any) -> Any:
-    """Numbers that are read as floats; integers that JAX would cut to 32 bits as floats already.
+    """``value``, but as floats if it holds integers that JAX would truncate to 32 bits.
 
     Raises:
-        ValueError: naming the argument, if it is an integer that is too large for a float.
+        ValueError: naming the argument, if it is a Python integer that is too large for a float.
     """
     if not isinstance(value, (np.ndarray, np.integer, int)):
         return value
@@ -194,7 +194,7 @@ def check_unmasked(name: str, value: Any) -> None:
 
 
 def as_floats(**arrays: ArrayLike) -> list[Array]:
-    """Arrays of one shape, integers and booleans in the precision of the others.
+    """Arrays of the same shape, with integers and booleans cast to the precision of the others.
 
     Raises:
         ValueError: naming both arguments, if their shapes differ.
@@ -211,21 +211,21 @@ def as_floats(**arrays: ArrayLike) -> list[Array]:
 
 
 def in_floats(*arrays: Array) -> list[Array]:
-    """Arrays, integers and booleans in the precision of the others."""
+    """The arrays, with integers and booleans cast to the precision of the others."""
     dtype = precision(*arrays)
     return [a if is_float(a) else a.astype(dtype) for a in arrays]
 
 
 def is_float(array: Array) -> bool:
-    """Whether it holds floating-point numbers, the ones that have derivatives."""
+    """Whether it holds floating-point numbers; only these have derivatives."""
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
 def precision(*inputs: Array, weights: Array | None = None) -> Any:
-    """The dtype to compute in: float64 where an argument asks for it, float32 elsewhere.
+    """The dtype to compute in: float64 if an argument has this dtype, else float32.
 
-    As in JAX, a weakly typed array asks for float64 where no other float is an input. A weakly
-    typed weight, as a Python number is inside of ``jit``, asks for nothing.
+    As in JAX, a weakly typed float64 input counts only if all floating-point inputs are weakly
+    typed. A weakly typed weight (inside of ``jit``, a Python number) does not count.
     """
     floats = [x for x in inputs if is_float(x)]
     asking = [x for x in floats if not x.weak_type] or floats
@@ -245,7 +245,7 @@ def _is_number(dtype: Any) -> bool:
 
 
 def axis_names(names: AxisName) -> tuple[Any, ...]:
-    """Mapped axes as a tuple; none if there is no name."""
+    """The names of mapped axes as a tuple, which is empty for None."""
     if names is None:
         return ()
     return names if isinstance(names, tuple) else (names,)
@@ -259,19 +259,19 @@ def check_axis(name: str, axis: int, ndim: int) -> int:
 
 
 def check_integer(name: str, value: Any) -> int:
-    """``value``; ``ValueError`` if it is no integer."""
+    """``value`` as an int; ``ValueError`` if it is not an integer."""
     if not is_integer(value):
         raise ValueError(f"{name} must be an integer, got {value!r}")
     return int(value)
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is a Python or NumPy integer; a truth value is none."""
+    """Whether it is a Python or NumPy integer; a boolean is not one."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_number(name: str, value: Any, smallest: float = 0, largest: float = _LARGEST) -> float:
-    """``value`` as a float; ``ValueError`` unless it is in these limits, which a float32 holds."""
+    """``value`` as a float; ``ValueError`` unless it is within the limits, which fit float32."""
     real = isinstance(value, int | float | np.number) and not isinstance(value, bool)
     if not real or not smallest <= value <= largest:
         raise ValueError(

@@ -29,7 +29,7 @@ from jaxlosses._typing import (
 
 
 def weighted(loss_fn: Callable[..., Array], *, num_inputs: int = 2) -> Callable[..., Result]:
-    r"""Give a loss function of examples the weights, reductions and rules of this package.
+    r"""Lift a function of examples to a loss with the weights and reductions of this package.
 
     $$\text{weighted}(f)(x, \ldots, w) = \frac{\sum_i w_i\, f(x, \ldots)_i}{|\{i : w_i \ne 0\}|}$$
 
@@ -44,23 +44,23 @@ def weighted(loss_fn: Callable[..., Array], *, num_inputs: int = 2) -> Callable[
     Other absent examples keep their inputs, because other losses may depend on them. If they depend
     on an example that is replaced, they see the replacement, in value and derivative alike.
 
-    This is out of reach:
+    These cases are not covered:
 
-    - arrays that the function closes over or takes as options: what is absent in them is not
-      masked, and a gradient with respect to them may be NaN where the replaced inputs are not
-      valid inputs of the function (a count of 0 under a logarithm);
+    - arrays that the function closes over or takes as options: they are not masked, and a gradient
+      with respect to them may be NaN if the replaced inputs are not valid inputs of the function
+      (a count of 0 under a logarithm);
     - an absent example whose loss and first derivatives are finite and whose second derivatives are
       not, if second derivatives are taken;
     - the loss of an absent example that is not differentiable at inputs of examples that count;
-    - class ids of 64 bits in NumPy arrays, which JAX cuts to 32 bits before the function sees them;
-    - ``jax.debug_nans`` and ``checkify``, which see the function at the inputs of absent examples.
+    - 64-bit class ids in NumPy arrays, which reach the function truncated to 32 bits;
+    - ``jax.debug_nans`` and ``checkify``, which may report a NaN of an absent example.
 
     The function is traced, as by ``jax.jit``. Unless the weights are a Python or NumPy constant
-    without zeros, it is evaluated and differentiated once more, to see what is finite.
+    without zeros, it is evaluated and differentiated once more, to find what is not finite.
 
     Args:
         loss_fn: ``loss_fn(*inputs, **options)`` returns an array with one loss for each example:
-            from inputs ``[batch, ...]`` losses ``[batch]``, or a loss for each place of more
+            from inputs ``[batch, ...]`` losses ``[batch]``, or a loss for each position of more
             leading axes, which all inputs have in common. It does not reduce them. Floating-point
             inputs reach it as float32 at least. It may close over traced arrays.
         num_inputs: How many inputs it takes; at least 1. An input is an array of real numbers or a
@@ -68,7 +68,7 @@ def weighted(loss_fn: Callable[..., Array], *, num_inputs: int = 2) -> Callable[
 
     Returns:
         A function of ``(*inputs, weights=1.0, *, reduction="mean", axis_name=None, **options)``;
-        ``options`` go to ``loss_fn``. It is not jitted: that is for the caller.
+        ``options`` go to ``loss_fn``. It is not jitted; the caller may do that.
 
     Raises:
         ValueError: if ``loss_fn`` is not a function or ``num_inputs`` not a positive integer. From
@@ -78,8 +78,8 @@ def weighted(loss_fn: Callable[..., Array], *, num_inputs: int = 2) -> Callable[
         TypeError: from the lifted function, if it is called with another number of inputs.
 
     References:
-        The derivative with respect to weights of zero is what Ren et al., "Learning to reweight
-        examples for robust deep learning", 2018, need.
+        The derivative with respect to weights of zero is used by Ren et al., "Learning to reweight
+        examples for robust deep learning", 2018.
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,7 +98,7 @@ def weighted(loss_fn: Callable[..., Array], *, num_inputs: int = 2) -> Callable[
     return _Weighted(loss_fn, num_inputs)
 
 
-_ONES = 1.0  # The default, which can be told from another number that is 1.
+_ONES = 1.0  # The default weights. ``is`` tells them from a 1.0 that the caller gave.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,18 +168,17 @@ def _check_losses(losses: Any, inputs: dict[str, Array]) -> None:
     """``ValueError`` unless a function returned losses of examples."""
     kind = losses.dtype if isinstance(losses, Array) else type(losses).__name__
     if not isinstance(losses, Array) or jnp.issubdtype(kind, jnp.complexfloating):
-        raise ValueError(f"the loss function must return one real array, got {kind}")
+        raise ValueError(f"loss_fn must return one real array, got {kind}")
     for name, array in inputs.items():
         if array.shape[: losses.ndim] != losses.shape:
             raise ValueError(
-                f"the losses must have a leading part of the shape of all inputs, got losses of "
-                f"shape {losses.shape} for {name} of shape {array.shape}; what has no axis of "
-                f"examples is an option, given by name"
+                f"loss_fn must return losses with the leading axes of all inputs, got losses of "
+                f"shape {losses.shape} for {name} of shape {array.shape}; give an array without an "
+                f"axis of examples as an option, by name"
             )
     if losses.ndim == 0 and any(array.ndim for array in inputs.values()):
         raise ValueError(
-            f"the loss function must return a loss for each example, got one number for inputs of "
-            f"shapes {[array.shape for array in inputs.values()]}, whose mean would be a mean of "
-            f"means; lift it with weighted(jax.vmap(...)), or give its number to "
-            f"compute_weighted_loss"
+            f"loss_fn must return a loss for each example, got one number for inputs of shapes "
+            f"{[array.shape for array in inputs.values()]}, whose mean would be a mean of means; "
+            f"lift weighted(jax.vmap(loss_fn)), or give the number to compute_weighted_loss"
         )

@@ -1,9 +1,9 @@
 """Losses of Flax modules, of linen and of nnx. No other file of the package imports Flax.
 
-A module calls :func:`sow_loss` where it knows a loss, and the training step calls :func:`collect`
-or :func:`capture`. A loss may be sown several times: in a module that is called twice, for each
-layer of a ``scan``, for each example of a ``vmap``. Each time is a loss of its own: they are
-collected under one name, as the elements of an array, and the total loss is their sum.
+A module calls :func:`sow_loss` where it computes a loss, and the training step calls
+:func:`capture` or :func:`collect`. A loss may be sown several times: in a module that is called
+twice, for each layer of a ``scan``, for each example of a ``vmap``. Each time gives its own loss:
+they are collected under one name, as the elements of an array, and the total loss is their sum.
 
 Once this module is imported, ``flax.serialization`` saves and restores the package's pytrees.
 """
@@ -31,19 +31,22 @@ from jaxlosses._mean import WeightedMean, exportable
 
 
 class Loss(nnx.Variable):
-    """The nnx variable in which :func:`sow_loss` leaves a loss."""
+    """The nnx variable in which :func:`sow_loss` stores a loss; for ``nnx.capture``.
+
+    :func:`collect` has an example.
+    """
 
 
 class RegularizationLoss(nnx.Variable):
-    """The nnx variable in which ``sow_loss(..., regularization=True)`` leaves a loss."""
+    """The nnx variable in which ``sow_loss(..., regularization=True)`` stores a loss."""
 
 
 class LossMetric(nnx.Variable):
-    """The nnx variable in which :func:`sow_metric` leaves a metric."""
+    """The nnx variable in which :func:`sow_metric` stores a metric."""
 
 
-# For each kind that a collector has: how to add one, linen's collection, and nnx's variable. Not
-# the collection "metrics", for models have one of their own.
+# For each kind that a collector has: how to add one, linen's collection, and nnx's variable. The
+# collection is not called "metrics", because models may have one of this name.
 _ADD = {
     "losses": LossCollector.add_loss,
     "regularization_losses": LossCollector.add_regularization_loss,
@@ -60,7 +63,7 @@ _VARIABLES: dict[str, type[nnx.Variable]] = {
     "metrics": LossMetric,
 }
 
-# Whether a function is being captured: then a module of nnx must be seen by the capture to sow.
+# Whether a function is being captured. Then an nnx module that sows must be one of those captured.
 _is_capturing = contextvars.ContextVar("_is_capturing", default=False)
 
 
@@ -71,24 +74,25 @@ def sow_loss(
     *,
     regularization: bool = False,
 ) -> None:
-    """Leave a loss in the state of a module, from within one of its methods.
+    """Store a loss in the state of a module, from within one of its methods.
 
     In linen the loss is put into the collection ``losses`` or ``regularization_losses``, if that
     is mutable and this is not ``init``. It replaces a loss of an earlier ``apply`` that is still in
-    the variables. In nnx the loss is kept within :func:`capture`. Elsewhere nothing happens.
+    the variables. In nnx the loss is stored within :func:`capture` (or ``nnx.capture``). Otherwise
+    the call does nothing.
 
     Args:
         module: The module, of linen or of nnx.
         name: The name of the loss within the module, without ``/``. It must not be the name of a
             submodule, or in nnx of an attribute.
         value: A scalar, an array of losses, all of which count, or a ``WeightedMean``.
-        regularization: Whether it is a loss of the parameters.
+        regularization: Whether it is a regularization loss, which depends on parameters only.
 
     Raises:
         ValueError: if ``module`` is not a Flax module, the name is empty, has a ``/`` or is taken,
             or the value is not a real array or number; within :func:`capture`, if ``module`` is not
-            among the arguments; and if a part of a module of linen that is bound (``bind``) is in a
-            lifted transformation, outside of all methods.
+            among the arguments; and in linen, in a lifted transformation of a submodule of a bound
+            module (``bind``), if no method has called it.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -107,9 +111,9 @@ def sow_loss(
 
 
 def sow_metric(module: nn.Module | nnx.Module, name: str, value: ArrayLike | WeightedMean) -> None:
-    """Leave a metric in the state of a module, as :func:`sow_loss` leaves a loss.
+    """Store a metric in the state of a module, as :func:`sow_loss` stores a loss.
 
-    It is collected beside the losses and is no part of the total loss. In linen its collection is
+    It is collected with the losses and is not part of the total loss. In linen its collection is
     ``loss_metrics``, in nnx its variable is :class:`LossMetric`.
 
     Args:
@@ -146,15 +150,15 @@ def _sow(module: Any, kind: str, name: str, value: ArrayLike | WeightedMean) -> 
             if run is None:
                 raise ValueError(
                     f"{name} cannot be sown in a lifted transformation of a part of a bound module "
-                    f"that no method has called, because losses of earlier runs could not be told "
-                    f"from those of this one; call the transformation in a method"
+                    f"that no method has called, because losses of earlier runs could not be "
+                    f"distinguished from those of this one; call the transformation in a method"
                 )
             add = functools.partial(_Sown.add, run=run)
             module.sow(collection, name, mean, reduce_fn=add, init_fn=_Sown)
     elif isinstance(module, nnx.Module):
         variable, captures = _VARIABLES[kind], getattr(module, "__captures__", None)
         others = (sown for sown in captures or () if type(sown) is not variable)
-        # Flax would overwrite what has the name already.
+        # Flax would overwrite an attribute or loss of this name.
         if hasattr(module, name) or any(name in sown for sown in others):
             raise ValueError(
                 f"name {name!r} is taken by another attribute or loss of {type(module).__name__}"
@@ -178,12 +182,12 @@ def collect(state: Any, *, expected: Any = None) -> LossCollector:
         state: In linen, the mutated variables that ``apply`` returns. In nnx, the state that
             ``nnx.capture`` with :class:`Loss`, :class:`RegularizationLoss` and :class:`LossMetric`
             returns; if it returns several states, merge them.
-        expected: Names of losses or metrics that must have been sown. Flax drops what a ``scan`` or
-            ``vmap`` does not declare, without an error; this makes it one.
+        expected: Names of losses or metrics that must have been sown. Without them, there is no
+            error if Flax drops a loss because a ``scan`` or ``vmap`` does not declare its
+            collection.
 
     Raises:
-        ValueError: if ``state`` is not such a state, or if an expected loss is missing, saying
-            which one and what to check.
+        ValueError: if ``state`` is not such a state, or if an expected loss is missing.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -201,7 +205,7 @@ def collect(state: Any, *, expected: Any = None) -> LossCollector:
 
 
 def _check_expected(expected: Any) -> tuple[str, ...]:
-    """The expected names as a tuple, also if they came from an iterator."""
+    """The expected names as a tuple, which can be read more than once."""
     if isinstance(expected, str) or not isinstance(expected, Iterable | type(None)):
         raise ValueError(f"expected must be names, such as a list of strings, got {expected!r}")
     return tuple(expected or ())
@@ -232,22 +236,22 @@ def capture(
     """Run a function and collect the losses that its module sows.
 
     Args:
-        fn: An nnx module, a method of one, or a function of nnx modules, which may stand anywhere
-            in its arguments: in pytrees, dataclasses and ``functools.partial``. Or the method
+        fn: An nnx module, a method of one, or a function of nnx modules, which may be anywhere in
+            its arguments: in pytrees, dataclasses and ``functools.partial``. Or the method
             ``apply`` of a linen module; then the collections of losses are made mutable and start
             empty.
         expected: As in :func:`collect`.
 
     Returns:
-        A function of the same arguments that returns ``(fn(*args), LossCollector)``. Of a single
-        nnx module, names are paths in it. If there are several, they begin with the module's number
-        in the order of the arguments (in a dictionary, of sorted keys): ``0/layer/loss``. A module
-        that is given twice is one module. If ``fn`` raises an error, it leaves nothing on them.
+        A function of the same arguments that returns ``(fn(*args), LossCollector)``. With a single
+        nnx module, names are paths in it. With several, they begin with the module's number in the
+        order of the arguments (in a dictionary, of sorted keys): ``0/layer/loss``. A module that is
+        given twice is one module. If ``fn`` raises an error, nothing is left on the modules.
 
     Raises:
         ValueError: if ``fn`` is not a function, if there is no module to collect from, if a module
-            is within a capture already, if a module of nnx sows that is not among the arguments (a
-            function closes over it, or makes it), or as :func:`collect`.
+            is already being captured, if an nnx module sows that is not among the arguments (the
+            function closes over it, or creates it), or as :func:`collect`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -290,7 +294,7 @@ def _modules_in(*trees: Any) -> tuple[nnx.Module, ...]:
             try:
                 leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, nnx.Module))
             except ValueError:
-                continue  # The keys of a dictionary cannot be sorted, so that it is no pytree.
+                continue  # A dictionary whose keys cannot be sorted is not a pytree.
             for leaf in leaves:
                 if id(leaf) not in seen:
                     seen.add(id(leaf))
@@ -358,10 +362,10 @@ def _capture(modules: Any, fn: Callable[..., Any], *args: Any, **kwargs: Any) ->
 class _Sown:
     """What a module holds under one name: a mean for each time that the loss was sown.
 
-    ``run`` tells one call of ``apply`` from another. The variables may still hold the means of an
-    earlier call; these are dropped. To JAX all earlier runs are one, because it would trace a
-    function again for a pytree of another structure. The current run is another one, also in a
-    program of ``nn.jit`` that was traced in an earlier run.
+    ``run`` distinguishes one call of ``apply`` from another. The variables may still hold the means
+    of an earlier call; these are dropped. The structure of the pytree says only whether the run is
+    the current one: if it held the run itself, JAX would trace a function again in every run. So a
+    program of ``nn.jit`` that was traced in an earlier run returns means of the current one.
     """
 
     means: tuple[WeightedMean, ...] = ()
@@ -387,12 +391,12 @@ def _current_run(*modules: nn.Module) -> Any:
     """Something that is the same object throughout one ``apply`` (or ``bind``), and in no other.
 
     It is the dictionary of counters that Flax makes for each root scope. In lifted transformations
-    Flax rebuilds scopes and clones modules, but a copy of a root scope keeps this dictionary. Other
-    copies have no parent either and do not lead to their root. The module whose method called the
-    transformation does.
+    Flax rebuilds scopes and clones modules, but a copy of a root scope keeps this dictionary. The
+    copy of another scope has no parent, so its root is not found from it, but from the module whose
+    method called the transformation.
 
     Args:
-        modules: Where to look before the modules whose methods are being run.
+        modules: Modules to try first, before those whose methods are being run.
     """
     for module in (*modules, *reversed(linen_module._context.module_stack)):
         if module is not None and module.scope is not None and not module.scope.root.path:
@@ -401,7 +405,7 @@ def _current_run(*modules: nn.Module) -> Any:
 
 
 def _sown_in(state: Any) -> Iterator[tuple[str, str, Any]]:
-    """The kind, the path and the value of all that was sown."""
+    """The kind, the path and the value of each loss or metric that was sown."""
     if isinstance(state, nnx.State):
         for path, variable in nnx.to_flat_state(state):
             for kind, variable_type in _VARIABLES.items():
@@ -440,7 +444,7 @@ def _sown_by_flax(kind: str, name: str, sown: Any) -> list[WeightedMean]:
 
 
 def _children(fields: tuple[str, ...], tree: Any) -> dict[str, Any]:
-    """The fields of one of the package's pytrees; Flax knows no read-only mappings."""
+    """The fields of one of the package's pytrees, with mappings as dictionaries for Flax."""
     values = {field: getattr(tree, field) for field in fields}
     return {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
@@ -464,8 +468,8 @@ def _from_state(fields: tuple[str, ...], target: Any, state: dict[str, Any]) -> 
     for expected, found in ((children, state), *((v, state.get(k)) for k, v in children.items())):
         if isinstance(expected, dict) and expected.keys() != set(found or ()):
             raise ValueError(
-                f"the target of the type {type(target).__name__} must have the names of the saved "
-                f"state, got {sorted(expected)} for {sorted(found or ())} at "
+                f"target, a {type(target).__name__}, must have the names of the saved state, got "
+                f"{sorted(expected)} where the state has {sorted(found or ())} at "
                 f"{serialization.current_path()}"
             )
     restored = {k: serialization.from_state_dict(v, state[k], k) for k, v in children.items()}

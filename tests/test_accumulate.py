@@ -383,8 +383,8 @@ def test_members_of_an_axis_agree_with_the_whole():
     [
         (5, draw(), "multiple of num_microbatches=5, got 24 rows"),
         (2, {"a": np.ones(4), "b": np.ones(2)}, r"'b'\]\": \(2,\)"),
-        (2, {"a": np.ones(4), "b": np.ones(())}, "leading axes of one length"),
-        (2, {}, "leading axes of one length"),
+        (2, {"a": np.ones(4), "b": np.ones(())}, "leading axes of the same length"),
+        (2, {}, "leading axes of the same length"),
     ],
 )
 def test_batches_that_cannot_be_cut_are_refused(num_microbatches, batch, message):
@@ -622,7 +622,7 @@ def test_pad_batch_adds_rows_that_are_not_present():
         jl.pad_batch(np.ones(4), 3)
     with pytest.raises(ValueError, match="size must be an integer"):
         jl.pad_batch(np.ones(4), 8.0)
-    with pytest.raises(ValueError, match="leading axes of one length"):
+    with pytest.raises(ValueError, match="leading axes of the same length"):
         jl.pad_batch([np.ones(4), np.ones(3)], 5)
 
 

@@ -448,7 +448,7 @@ def test_placeholders_differ_between_inputs_places_and_features():
         (lambda p, y: None, REALS, "one real array, got NoneType"),
         (lambda p, y: "three", REALS, "one real array, got str"),
         (lambda p, y: p.astype(complex), REALS, "one real array"),
-        (lambda p, y: p.sum(0), REALS, r"leading part.*\(3,\).*\(4, 3\)"),
+        (lambda p, y: p.sum(0), REALS, r"leading axes.*\(3,\).*\(4, 3\)"),
         (lambda p, y: p + y, [reals(4, 3), reals(4, 1)], r"\(4, 3\).*\(4, 1\)"),
         (lambda p, y: p["a"], [{"a": reals(4), "b": "x"}, reals(4)], r"inputs\[0\]\['b'\].*str"),
         (lambda p, y: p, [None, reals(4)], r"inputs\[0\] must be.*got None"),
