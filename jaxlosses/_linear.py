@@ -24,7 +24,7 @@ from jaxlosses._labels import (
 )
 from jaxlosses._layout import InSpecs, plan_layout
 from jaxlosses._linear_derivative import logit_statistics
-from jaxlosses._linear_device import Layer, Statistics
+from jaxlosses._linear_layer import Layer, Statistics
 from jaxlosses._logits import class_losses
 from jaxlosses._typing import (
     AxisName,

@@ -19,16 +19,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from jaxlosses._layout import MappedLayout
-from jaxlosses._linear_device import (
-    KINDS,
-    Layer,
-    Residuals,
-    Sums,
-    linear_jvp,
-    linear_sums,
-    linear_transpose,
-    split,
-)
+from jaxlosses._linear_device import linear_jvp, linear_sums, linear_transpose
+from jaxlosses._linear_layer import KINDS, Layer, Residuals, Sums, split
 from jaxlosses._masking import where
 from jaxlosses._primitive import define_primitive, vary_alike, with_axis_in_front
 from jaxlosses._typing import is_float, precision

@@ -26,7 +26,8 @@ REDUCE, REDUCE_CPU, TYPING = "_reduce.py", "_reduce_cpu.py", "_typing.py"
 LIFT, SEGMENTS = "_weighted.py", "_segments.py"
 COLLECTOR, ACCUMULATE = "_collector.py", "_accumulate.py"
 REGRESSION, CLASSES, LOGITS = "_regression.py", "_classification.py", "_logits.py"
-LAYOUT, DEVICE, DERIVATIVE = "_layout.py", "_linear_device.py", "_linear_derivative.py"
+LAYOUT, LAYER, DERIVATIVE = "_layout.py", "_linear_layer.py", "_linear_derivative.py"
+DEVICE = "_linear_device.py"
 
 
 def takes_shards_of_the_classes(case: Case) -> None:
@@ -406,7 +407,7 @@ MUTANTS = {
         "takes_shards_of_the_classes",
     ),
     "take the largest logit of a shard for that of all": (
-        DEVICE,
+        LAYER,
         "lax.pmax(self.max_logit, axes)",
         "self.max_logit",
         "linear_softmax_cross_entropy",
