@@ -222,7 +222,7 @@ def cosine_distance(
 ) -> Result:
     r"""Cosine distance of unit vectors, between 0 and 2.
 
-    $$l = 1 - \sum_{axis} p\, y$$
+    $$l = 1 - \sum_{\text{axis}} p\, y$$
 
     The vectors are not normalised here: do that first.
 

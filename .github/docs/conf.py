@@ -28,15 +28,15 @@ autodoc_member_order = "bysource"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_use_ivar = True
+napoleon_use_ivar = False  # It would call attributes "Variables".
 napoleon_attr_annotations = False
-add_module_names = False
 
 # Formulas are MathML, which browsers draw without a script and without the network.
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"{project} {version}"
 html_show_sphinx = False
+html_domain_indices = False  # A list of one module.
 html_copy_source = False
 html_static_path = ["site.css"]
 html_css_files = ["site.css"]
@@ -45,8 +45,14 @@ html_theme_options = {
     "source_branch": "main",
     "source_directory": ".github/docs/",
     "top_of_page_buttons": ["view"],
+    "light_css_variables": {"scroll-shadow": "rgb(0 0 0 / 25%)"},
+    "dark_css_variables": {
+        "scroll-shadow": "rgb(255 255 255 / 30%)",
+        "color-code-background": "#202124",
+    },
 }
 highlight_language = "python"
+pygments_dark_style = "github-dark"  # The default one underlines names as if they were links.
 source_url = metadata["urls"]["Source"] + "/blob/main/"  # For the role `source`.
 
 # python -m sphinx -b linkcheck: what is ours is there only after it is published.

@@ -1,6 +1,7 @@
 """What Sphinx lacks for this site: formulas as MathML, and a page for every public name."""
 
 import inspect
+import itertools
 import re
 import textwrap
 from pathlib import Path
@@ -14,7 +15,18 @@ import jaxlosses
 import jaxlosses.flax
 
 DISPLAY = re.compile(r"^( *)\$\$(.+?)\$\$", re.DOTALL | re.MULTILINE)
+FUNCTION = re.compile(r"<m([io])>(log|tanh|max|min|exp)</m\1>(<mo stretchy=\"false\">&#x00028;)?")
+BAR = '<mo stretchy="false">&#x0007C;</mo>'
+LONG_NAME = re.compile(r'(?<=<span class="pre">)[^<]{20,}(?=</span>)|(?<=<h1>)[^<]+')
+IMAGE = re.compile(r'<img [^>]*src="([^"]+)"[^>]*>')
 INLINE = re.compile(r"(?<![\\$\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![$\w])")
+
+GROUPS = {
+    "Losses": "A loss takes predictions (or logits), labels and weights, in this order.\n",
+    "Means, collectors and training": "What a training step needs around its losses.\n",
+    "Flax": "For losses that are computed inside of a Flax module. Install ``jaxlosses[flax]``.\n"
+    "With ``import jaxlosses.flax as jlf``, ``flax.capture`` is ``jlf.capture``.\n",
+}
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
@@ -25,6 +37,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("builder-inited", write_reference)
     app.connect("doctree-read", _strip_code)
     app.connect("autodoc-process-signature", _hide_private)
+    app.connect("html-page-context", _fit_a_phone)
     # Before napoleon, which reads the sections of a docstring.
     app.connect("autodoc-process-docstring", _mark_formulas, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
@@ -43,8 +56,18 @@ class Source(SphinxRole):
 
 
 def to_mathml(formula: str, display: str) -> str:
-    """MathML of a formula in LaTeX."""
-    return latex2mathml.converter.convert(" ".join(formula.split()), display=display)
+    """MathML of a formula in LaTeX, with the spaces that LaTeX has around functions and bars."""
+    mathml = latex2mathml.converter.convert(" ".join(formula.split()), display=display)
+    mathml = mathml.replace("<mi>:</mi>", '<mo lspace="0.28em" rspace="0.28em">:</mo>')
+    forms = itertools.cycle(("prefix", "postfix"))
+    mathml = re.sub(BAR, lambda match: f'{match[0][:3]} form="{next(forms)}"{match[0][3:]}', mathml)
+
+    def function(match: re.Match) -> str:
+        bracket = match[3] or ""
+        space = "0" if bracket else "0.17em"
+        return f'<mo lspace="0.17em" rspace="{space}">{match[2]}</mo>{bracket}'
+
+    return FUNCTION.sub(function, mathml)
 
 
 def _inline_formula(writer: nodes.NodeVisitor, node: nodes.math) -> None:
@@ -53,7 +76,9 @@ def _inline_formula(writer: nodes.NodeVisitor, node: nodes.math) -> None:
 
 
 def _formula(writer: nodes.NodeVisitor, node: nodes.math_block) -> None:
-    mathml = to_mathml(node.astext(), "block")
+    # Each equation by itself, so that a narrow page can have them in lines.
+    equations = re.split(r"(?<=,)\s*\\quad", node.astext())
+    mathml = "".join(to_mathml(equation, "block") for equation in equations)
     writer.body.append(f'<div class="formula">{mathml}</div>\n')
     raise nodes.SkipNode
 
@@ -71,8 +96,22 @@ def _mark_formulas(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def _hide_private(app, what, name, obj, options, signature, returns):
-    """Nothing public makes a class from its private fields."""
-    return ("()", returns) if what == "class" and "_" in (signature or "")[:2] else None
+    """Nothing public makes a class from private fields, or from arguments without names."""
+    private = (signature or "").startswith(("(_", "(*args"))
+    return ("()", returns) if what == "class" and private else None
+
+
+def _fit_a_phone(app, pagename, templatename, context, doctree) -> None:
+    """Let long names break between words. A picture links to itself, so that it can be enlarged."""
+
+    def breakable(match: re.Match) -> str:
+        return re.sub(r"(?<=\w)([_.(])(?=[A-Za-z])", r"\1<wbr>", match[0])
+
+    if "body" in context:
+        body = LONG_NAME.sub(breakable, context["body"])
+        context["body"] = IMAGE.sub(r'<a href="\1">\g<0></a>', body)
+    for link in filter(None, (context.get("prev"), context.get("next"))):
+        link["title"] = link["title"].replace("_", "_<wbr>")
 
 
 def _strip_code(app: Sphinx, doctree: nodes.document) -> None:
@@ -85,7 +124,7 @@ def _strip_code(app: Sphinx, doctree: nodes.document) -> None:
 
 def public_names() -> dict[str, list[str]]:
     """Every public name, in groups; none can be forgotten, because none is written here."""
-    groups = {"Losses": [], "Means, collectors and training": [], "Flax": []}
+    groups = {group: [] for group in GROUPS}
     for name in jaxlosses.__all__:
         value = getattr(jaxlosses, name)
         if callable(value):
@@ -123,17 +162,22 @@ def write_reference(app: Sphinx) -> None:
 
 
 def _index() -> str:
-    parts = [_title("Reference"), ".. automodule:: jaxlosses\n"]
+    parts = [
+        _title("Reference"),
+        "Every public function and class, in groups. With ``import jaxlosses as jl``, the first\n"
+        "one is ``jl.absolute_difference``. The `Conventions`_ below hold for every loss.\n",
+    ]
     for group, names in public_names().items():
         rows = [f"   * - :obj:`{n} <jaxlosses.{n}>`\n     - {_summary(n)}\n" for n in names]
         links = "".join(f"   {name} <{name}>\n" for name in names)
         parts += [
             _title(group, "-"),
+            GROUPS[group],
             f".. currentmodule:: {'jaxlosses.flax' if group == 'Flax' else 'jaxlosses'}\n",
             ".. list-table::\n   :widths: auto\n   :class: names\n\n" + "".join(rows),
             f".. toctree::\n   :hidden:\n   :caption: {group}\n\n" + links,
         ]
-    return "\n".join(parts)
+    return "\n".join([*parts, _title("Conventions", "-"), ".. automodule:: jaxlosses\n"])
 
 
 def _page(name: str) -> str:
@@ -141,7 +185,9 @@ def _page(name: str) -> str:
     value = getattr(jaxlosses.flax if module.endswith("flax") else jaxlosses, attribute)
     options = ""
     if inspect.isclass(value):
-        members = [n for n in vars(value) if not n.startswith(("_", "tree_"))]
+        # The docstring of a named tuple says what its fields are.
+        hidden = getattr(value, "_fields", ())
+        members = [n for n in vars(value) if not n.startswith(("_", "tree_")) and n not in hidden]
         documented = [n for n in members if getattr(vars(value)[n], "__doc__", None)]
         options = f"   :members: {', '.join(documented)}\n" if documented else ""
     kind = "autoclass" if inspect.isclass(value) else "autofunction"
