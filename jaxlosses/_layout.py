@@ -116,7 +116,7 @@ class Layout:
     def _reshard(self, x: Array, spec: PartitionSpec) -> Array:
         if self.mesh is None or not (explicit := axes_of_type(self.mesh, AxisType.Explicit)):
             return x
-        kept = [tuple(n for n in _names(names) if n in explicit) or None for names in spec]
+        kept = [names or None for names in _among(explicit, map(_names, spec))]
         return jax.sharding.reshard(x, NamedSharding(self.mesh, PartitionSpec(*kept)))
 
     def on_devices(
@@ -329,11 +329,7 @@ def _check_specs(in_specs: Any, mesh: Any, hidden: Array, kernel: Array) -> None
             raise ValueError(f"in_specs of {name} must name axes of the mesh, {known}, got {spec}")
         sharding = jax.typeof(x).sharding
         explicit = axes_of_type(sharding.mesh, AxisType.Explicit)
-        told, shown = (
-            [tuple(n for n in names if n in explicit) for names in axes_of_x]
-            for axes_of_x in (_padded(spec, x.ndim), _spec(x))
-        )
-        if told != shown:
+        if _among(explicit, _padded(spec, x.ndim)) != _among(explicit, _spec(x)):
             raise ValueError(
                 f"in_specs of {name} must be None or what the Explicit mesh shows, "
                 f"{sharding.spec}, got {spec}"
@@ -361,6 +357,11 @@ def _padded(spec: Any, ndim: int) -> list[Names]:
 def _spec(x: Array) -> list[Names]:
     """Over which axes of an Explicit mesh each axis of an array is sharded."""
     return _padded(jax.typeof(x).sharding.spec, x.ndim)
+
+
+def _among(axes: Names, sharded: Iterable[Names]) -> list[Names]:
+    """Of the names that shard each axis of an array, those that are among these axes."""
+    return [tuple(name for name in names if name in axes) for names in sharded]
 
 
 def axes_of_type(mesh: Any, kind: AxisType) -> Names:

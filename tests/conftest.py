@@ -22,7 +22,6 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 # One needs Python 3.7 with TensorFlow 1.15, the other is a process of its own.
 collect_ignore = ["record_tensorflow.py", "worker.py"]
 
-
 WEEK = 7 * 24 * 3600  # seconds
 
 

@@ -55,6 +55,13 @@ def plain(name: str, case: Case) -> Callable[..., Array]:
     return loss
 
 
+def through_logits(hidden: Array, kernel: Array, labels: Array) -> Array:
+    """The loss of a last layer, multiplied in the dtype of hidden as Flax does."""
+    kernel = kernel.astype(hidden.dtype)
+    logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
 def _upcast(x: Array) -> Array:
     return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
 

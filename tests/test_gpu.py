@@ -5,13 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import programs
 import pytest
 from arguments import cases
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from plain import differentiated, plain
+from plain import differentiated, plain, through_logits
 
 import jaxlosses as jl
 
@@ -120,11 +119,6 @@ def test_a_vocabulary_needs_one_block_of_logits(dtype, ratio):
     shapes = (((8192, 4096), jnp.bfloat16), ((4096, 128256), dtype), ((8192,), jnp.int32))
     whole = NamedSharding(mesh(1), PartitionSpec())
     arguments = [jax.ShapeDtypeStruct(*s, sharding=whole) for s in shapes]
-
-    def through_logits(hidden, kernel, labels):
-        kernel = kernel.astype(hidden.dtype)
-        logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-        return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
 
     ours, theirs = (
         compiled(jax.value_and_grad(loss, (0, 1)), arguments)

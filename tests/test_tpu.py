@@ -6,13 +6,12 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import programs
 import pytest
 from arguments import cases
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from plain import differentiated, plain
+from plain import differentiated, plain, through_logits
 
 import jaxlosses as jl
 
@@ -106,12 +105,6 @@ def language_model_step(layout, kind, loss, kernel_dtype=jnp.bfloat16):
     with jax.set_mesh(mesh):
         gradient = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=shardings)
         return gradient.lower(hidden, kernel, labels).compile()
-
-
-def through_logits(hidden, kernel, labels):
-    kernel = kernel.astype(hidden.dtype)
-    logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
 
 
 def told(layout):
