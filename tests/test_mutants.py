@@ -5,12 +5,14 @@ A mutant is the package's own source with one piece replaced, imported under ano
 
 import functools
 import importlib
+import itertools
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import pytest
 from arguments import Case, cases, lifted_cases
 from jax.sharding import AxisType, PartitionSpec
@@ -30,36 +32,46 @@ LAYOUT, LAYER, DERIVATIVE = "_layout.py", "_linear_layer.py", "_linear_derivativ
 DEVICE = "_linear_device.py"
 
 
+@functools.cache
+def of_a_last_layer() -> tuple[list[Any], Any, Any]:
+    """Hidden and kernel, labels among 16 classes, and the derivatives through all the logits."""
+    hidden, kernel, labels = map(np.array, CASES["linear_softmax_cross_entropy"].draw(batch=(8,)))
+    kernel = np.concatenate([kernel, -kernel[:, ::-1], kernel[:, :4]], 1)
+    labels[::2] += 10
+
+    def loss(hidden, kernel):
+        return jl.sparse_softmax_cross_entropy(hidden @ kernel, labels, label_smoothing=0.1)
+
+    floats = [hidden, kernel]
+    return floats, labels, derivatives(loss, *floats)
+
+
+def derivatives(loss: Any, *floats: Any) -> Any:
+    """Value and gradient, and the tangent of the value, as one program."""
+
+    @jax.jit
+    def program(*floats):
+        return jax.value_and_grad(loss, (0, 1))(*floats), jax.jvp(loss, floats, floats)[1]
+
+    return program(*floats)
+
+
 def takes_shards_of_the_classes(case: Case) -> None:
     """A last layer in shard_map, with the classes over one axis, and over that of the tokens."""
     rows, whole = PartitionSpec("data"), PartitionSpec()
-    hidden, kernel, labels = case.draw(batch=(8,))
-    kernel = jnp.concatenate([kernel, -kernel[:, ::-1], kernel[:, :4]], 1)  # 16 classes.
-    labels = labels.at[::2].add(10)
+    floats, labels, expected = of_a_last_layer()
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-
-    def gradients(axis):
+    for axis, check_vma in itertools.product(("data", "model"), (True, False)):
         names = {"axis_name": "data", "class_axis_name": axis, "block_size": 3}
-        specs = (rows, PartitionSpec(None, axis), rows)
-        for check_vma in (True, False):
-            loss = jax.shard_map(
-                functools.partial(case.loss, label_smoothing=0.1, **names),
-                mesh=mesh,
-                in_specs=specs,
-                out_specs=whole,
-                check_vma=check_vma,
-            )
-            yield derivatives(loss)
-
-    def derivatives(loss):
-        floats = hidden, kernel
-        tangent = jax.jvp(lambda *a: loss(*a, labels), floats, floats)[1]
-        return jax.value_and_grad(loss, (0, 1))(*floats, labels), tangent
-
-    expected = derivatives(functools.partial(case.loss, label_smoothing=0.1))
-    for axis in ("data", "model"):
-        for found in jax.jit(lambda axis=axis: list(gradients(axis)))():
-            close(found, expected, rtol=1e-4, atol=1e-5)
+        mapped = jax.shard_map(
+            functools.partial(case.loss, label_smoothing=0.1, **names),
+            mesh=mesh,
+            in_specs=(rows, PartitionSpec(None, axis), rows),
+            out_specs=whole,
+            check_vma=check_vma,
+        )
+        found = derivatives(lambda *a, mapped=mapped: mapped(*a, labels), *floats)
+        close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 CHECKS = (*PROPERTIES, *LAWS, takes_shards_of_the_classes)
