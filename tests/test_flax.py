@@ -258,7 +258,7 @@ LIFTS = {
 
 
 class Sows(nn.Module):
-    """A loss, sown twice, within a lifted transformation of this module or of a child."""
+    """A loss, sown as a number and as a mean, in a lifted transformation of this or of a child."""
 
     lift: str = "none"
     child: bool = False
@@ -269,7 +269,7 @@ class Sows(nn.Module):
             if self.child:
                 return module(x)
             jlf.sow_loss(module, "aux", x)
-            jlf.sow_loss(module, "aux", 2 * x)
+            jlf.sow_loss(module, "aux", jl.WeightedMean(2 * x, 1))
             return 2 * x
 
         return LIFTS[self.lift](run)(Sows(name="child") if self.child else self, x)
@@ -293,11 +293,12 @@ class Nests(nn.Module):
             return bound.variables
 
         def run(module, x):
-            jlf.sow_loss(module, "own", x)
+            jlf.sow_loss(module, "own", jl.WeightedMean(x, 1))
             state = {}
             for _ in range(2):
                 state = losses_of(state, x)
-                jlf.sow_loss(module, "own", jlf.collect(state).get_total_loss())
+                total = jlf.collect(state).get_total_loss()
+                jlf.sow_loss(module, "own", jl.WeightedMean(total, 1))
                 # As a transformation of the outer module does with what passes through it.
                 state = jax.tree.map(lambda leaf: leaf, state)
             return jlf.collect(losses_of(state, x)).get_total_loss()
@@ -308,25 +309,31 @@ class Nests(nn.Module):
 @pytest.mark.parametrize("child", [False, True])
 @pytest.mark.parametrize("lift", LIFTS)
 def test_linen_sows_the_same_in_every_lifted_transformation(lift, child):
-    state, module, one = {}, Sows(lift, child), jnp.float32(1)
-    for jit in (False, False, True, True):
-        apply = functools.partial(module.apply, mutable=COLLECTIONS)
+    state, one = {}, jnp.float32(1)
+    apply = functools.partial(Sows(lift, child).apply, mutable=COLLECTIONS)
+    jitted = jax.jit(apply)
+    for function in (apply, apply, jitted, jitted):
         for variables in ({}, state):
-            _, state = (jax.jit(apply) if jit else apply)(variables, one)
+            _, state = function(variables, one)
             (found,) = jlf.collect(state).get_losses().values()
-            np.testing.assert_array_equal(jnp.ravel(found), [1, 2])
+            np.testing.assert_array_equal(np.ravel(found), [1, 2])
 
 
 @pytest.mark.parametrize("bind", [False, True])
 @pytest.mark.parametrize("inner", ["none", "jit", "scan"])
 @pytest.mark.parametrize("lift", LIFTS)
 def test_linen_inner_runs_replace_their_own_losses(lift, inner, bind):
-    one, state = jnp.float32(1), {}
-    for _ in range(2):
-        total, state = Nests(lift, inner, bind).apply(state, one, mutable=COLLECTIONS)
+    module = Nests(lift, inner, bind)
+
+    @jax.jit
+    def two_runs():
+        first = module.apply({}, jnp.float32(1), mutable=COLLECTIONS)
+        second = module.apply(first[1], jnp.float32(1), mutable=COLLECTIONS)
+        return [(total, jlf.collect(state).get_losses()["own"]) for total, state in (first, second)]
+
+    for total, own in two_runs():
         assert total == 3
-        own = jlf.collect(state).get_losses()["own"]
-        np.testing.assert_array_equal(jnp.ravel(own), [1, 3, 3])
+        np.testing.assert_array_equal(np.ravel(own), [1, 3, 3])
 
 
 def test_linen_inner_runs_replace_their_own_losses_within_a_loop():

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+import worker
+from jax.sharding import Mesh
 
-HERE = Path(__file__).parent
-EXAMPLE = HERE.parent / "examples" / "evaluate_on_pod.py"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "evaluate_on_pod.py"
 
 
 def run(*commands):
@@ -46,13 +48,13 @@ def test_two_processes_agree_with_one(tmp_path):
     rng = np.random.default_rng(0)
     weights = rng.random(64).astype(np.float32)
     weights[:30] = 0  # Only two rows of the first process count.
-    data = tmp_path / "data.npz"
     logits = rng.normal(size=(64, 5)).astype(np.float32)
-    np.savez(data, logits=logits, labels=rng.integers(0, 5, 64).astype(np.int32), weights=weights)
-    worker, address = HERE / "worker.py", coordinator()
-    (alone,) = run([worker, address, 1, 0, data])
-    found = run(*([worker, address, 2, rank, data] for rank in (0, 1)))
-    expected = json.loads(alone)
+    labels = rng.integers(0, 5, 64).astype(np.int32)
+    batch = {"logits": logits, "labels": labels, "weights": weights}
+    data, address = tmp_path / "data.npz", coordinator()
+    np.savez(data, **batch)
+    found = run(*([worker.__file__, address, 2, rank, data] for rank in (0, 1)))
+    expected = worker.values_counts_and_gradients(batch, Mesh(jax.devices()[:1], ("data",)))
     assert expected[0][1] == 34
     np.testing.assert_allclose(expected[0], expected[1], rtol=1e-6)
     for output in found:
@@ -63,8 +65,7 @@ def test_two_processes_agree_with_one(tmp_path):
 def test_the_example_gives_the_same_table_on_two_processes():
     address = coordinator()
     options = ["--coordinator", address, "--num-processes", 2, "--process-id"]
-    (alone,) = run([EXAMPLE])
-    first, second = run(*([EXAMPLE, *options, rank] for rank in (0, 1)))
+    alone, first, second = run([EXAMPLE], *([EXAMPLE, *options, rank] for rank in (0, 1)))
     table = re.compile(r"loss .*", re.DOTALL)
     assert "On 2 devices of 2 processes" in first
     assert table.search(first)[0] == table.search(alone)[0]
