@@ -323,16 +323,11 @@ def test_linen_sows_the_same_in_every_lifted_transformation(lift, child):
 @pytest.mark.parametrize("inner", ["none", "jit", "scan"])
 @pytest.mark.parametrize("lift", LIFTS)
 def test_linen_inner_runs_replace_their_own_losses(lift, inner, bind):
-    module = Nests(lift, inner, bind)
-
-    @jax.jit
-    def two_runs():
-        first = module.apply({}, jnp.float32(1), mutable=COLLECTIONS)
-        second = module.apply(first[1], jnp.float32(1), mutable=COLLECTIONS)
-        return [(total, jlf.collect(state).get_losses()["own"]) for total, state in (first, second)]
-
-    for total, own in two_runs():
+    one, state = jnp.float32(1), {}
+    for _ in range(2):
+        total, state = Nests(lift, inner, bind).apply(state, one, mutable=COLLECTIONS)
         assert total == 3
+        own = jlf.collect(state).get_losses()["own"]
         np.testing.assert_array_equal(np.ravel(own), [1, 3, 3])
 
 
