@@ -81,8 +81,11 @@ def by_default(case: Case) -> int:
 
 
 def for_devices(case: Case) -> list[Any]:
-    """Inputs and weights whose rows several devices can share."""
-    return [*case.draw(batch=(8, 4)), jnp.asarray([0, 1, 0, 0, 0, 0, 6, 7], jnp.float32)]
+    """Inputs and weights whose rows several devices can share.
+
+    They are NumPy's, because JAX cuts its own arrays into shards by a program.
+    """
+    return [*map(np.asarray, case.draw(batch=(8, 4))), np.float32([0, 1, 0, 0, 0, 0, 6, 7])]
 
 
 @functools.cache
@@ -499,18 +502,17 @@ def sharded_is_local(case: Case) -> None:
                 if len(spec) > max(v.ndim for v in values):
                     continue  # It would be the first one again.
 
-                def place(v, spec=spec, mesh=mesh):
+                def place(v, spec, mesh=mesh):
                     return jax.device_put(v, NamedSharding(mesh, PartitionSpec(*spec[: v.ndim])))
 
-                whole = [place(v, ()) for v in values]
-                placed = [*case.of_each(place, whole), place(weights)]
-                replicated = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
-                both = [[*placed[:-1], w] for w in (placed[-1], replicated)]
+                pairs = zip(values, case.inputs.values(), strict=True)
+                inputs = [place(v, () if h.shared else spec) for v, h in pairs]
+                both = [[*inputs, place(weights, of_weights)] for of_weights in (spec, ())]
                 program = jax.jit(lambda a, b: (gradient(*a), case.loss(*b)))
                 compiled = program.lower(*both).compile()
                 close(compiled(*both), (expected, expected[0]), rtol=1e-5)
                 if case.computes:  # The gradient may gather what all losses share.
-                    compiled = jax.jit(case.loss).lower(*placed).compile()
+                    compiled = jax.jit(case.loss).lower(*both[0]).compile()
                 assert "all-gather" not in compiled.as_text(), spec
 
 
