@@ -101,7 +101,6 @@ def test_gradients_of_some_arguments_are_right_for_any_cotangent():
 
 def test_second_derivatives_are_those_of_all_logits():
     *floats, labels = draw((3,), 2, 5)
-
     by_classes, whole = both(labels, block_size=4, **ALL_OPTIONS)
     by_tokens, _ = both(labels, block_size=(2, None), **ALL_OPTIONS)
     ways = ((by_classes, jax.jacfwd, jax.jacfwd), (by_tokens, jax.jacrev, jax.jacrev))
